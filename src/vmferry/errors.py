@@ -1,0 +1,164 @@
+"""Every error that vmferry raises, and the exit status of the command for each.
+
+::
+
+    VmferryError                1
+    ├── UsageError              2   asked for something that cannot be: an option, a URI, an order of calls
+    ├── StreamError             3   the bytes of a migration stream break a rule
+    │   ├── TruncatedStream         the input ended inside something
+    │   └── LimitExceeded           a number in the stream is above what the reader allows
+    ├── TransportError          4   a channel could not be opened, broke, or went silent
+    │   └── ChannelClosed           this side shut the channel down while it was in use
+    ├── PeerError               4   the other side refused, failed, or broke the order of the migration
+    └── StorageError            5   a file or a checkpoint directory
+        ├── CheckpointIncomplete    its writer never finished it
+        └── CheckpointDamaged       its content does not match its manifest
+
+A message says what was expected, what was found, where, and where it helps what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class VmferryError(Exception):
+    """Base of everything that vmferry raises on purpose."""
+
+    exit_status: ClassVar[int] = 1
+
+
+class UsageError(VmferryError):
+    """The caller asked for something that cannot be done as asked."""
+
+    exit_status = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a migration a fault was found; filled in by whoever knows it, inside out.
+
+    ``offset`` counts bytes from the start of ``channel``.  Names come from the stream, so they
+    are shown escaped.
+    """
+
+    channel: str | None = None
+    offset: int | None = None
+    section: str | None = None
+    block: str | None = None
+
+    def or_else(self, outer: Place) -> Place:
+        """What is known here, and the rest from *outer*."""
+        return Place(
+            channel=self.channel if self.channel is not None else outer.channel,
+            offset=self.offset if self.offset is not None else outer.offset,
+            section=self.section if self.section is not None else outer.section,
+            block=self.block if self.block is not None else outer.block,
+        )
+
+    def __str__(self) -> str:
+        known = []
+        if self.channel is not None:
+            known.append(f"channel {printable(self.channel)}")
+        if self.offset is not None:
+            known.append(f"byte {self.offset:#x}")
+        if self.section is not None:
+            known.append(f"section {printable(self.section)}")
+        if self.block is not None:
+            known.append(f"block {printable(self.block)}")
+        return ", ".join(known)
+
+
+class StreamError(VmferryError):
+    """The bytes break a rule of the stream: what was expected, what was found, and where."""
+
+    exit_status = 3
+
+    def __init__(
+        self,
+        expected: str,
+        found: str,
+        *,
+        channel: str | None = None,
+        offset: int | None = None,
+        section: str | None = None,
+        block: str | None = None,
+        advice: str | None = None,
+    ) -> None:
+        super().__init__(expected, found)
+        self.expected = expected
+        self.found = found
+        self.advice = advice
+        self.place = Place(channel=channel, offset=offset, section=section, block=block)
+
+    def within(
+        self,
+        *,
+        channel: str | None = None,
+        offset: int | None = None,
+        section: str | None = None,
+        block: str | None = None,
+    ) -> StreamError:
+        """Add what an outer layer knows of the place; what is known already stays."""
+        self.place = self.place.or_else(Place(channel, offset, section, block))
+        return self
+
+    def __str__(self) -> str:
+        text = f"expected {self.expected}, found {self.found}"
+        if place := str(self.place):
+            text += f" ({place})"
+        if self.advice:
+            text += f"; {self.advice}"
+        return text
+
+
+class TruncatedStream(StreamError):
+    """The input ended before the stream did."""
+
+
+class LimitExceeded(StreamError):
+    """A length or count in the stream is above the limit set for it."""
+
+
+class TransportError(VmferryError):
+    """A channel could not be opened, broke, or stayed silent for too long."""
+
+    exit_status = 4
+
+
+class ChannelClosed(TransportError):
+    """The channel was shut down on this side, by another thread or before the call."""
+
+
+class PeerError(VmferryError):
+    """The other side of the migration refused, failed, or broke the order of things."""
+
+    exit_status = 4
+
+
+class StorageError(VmferryError):
+    """A file or directory could not be read or written as asked."""
+
+    exit_status = 5
+
+
+class CheckpointIncomplete(StorageError):
+    """The directory holds a checkpoint whose writer never finished it."""
+
+
+class CheckpointDamaged(StorageError):
+    """The files of a checkpoint do not match its manifest."""
+
+
+def printable(name: str | bytes, limit: int = 80) -> str:
+    """A name from the wire as quoted text, escaped and shortened, safe for a terminal or a log."""
+    if isinstance(name, bytes):
+        name = name.decode("utf-8", "backslashreplace")
+    shown = name if len(name) <= limit else name[: limit - 1] + "…"
+    quoted = "".join(c if c.isprintable() and c not in '"\\' else _escape(c) for c in shown)
+    return f'"{quoted}"'
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii") if char != '"' else '\\"'
