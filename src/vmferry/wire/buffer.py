@@ -1,0 +1,149 @@
+"""Where the bytes of a channel wait to be parsed, and how a parser asks for more of them.
+
+A parser is a generator: it yields events, and ``None`` where it needs bytes that are not there yet.
+What it does depends only on the bytes, never on how they were cut into reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Final, TypeVar
+
+from ..errors import StreamError, TruncatedStream, printable
+
+T = TypeVar("T")
+Parse = Generator[Any, None, T]
+"""A step of a parser: yields events or ``None`` (more bytes, please) and returns a ``T``."""
+
+CAPACITY: Final = 1 << 20
+"""Bytes of a fresh buffer: one read of a socket fits, and it stays in the second-level cache."""
+
+_ROOM: Final = 1 << 16
+
+
+class ReceiveBuffer:
+    """Bytes received and not parsed yet, contiguous, with the offset of each in its channel.
+
+    ``room()`` lends the free part to be filled, ``received(n)`` says how much of it was.  Views of
+    the content stay right until the next ``room()``, which may move or replace the memory.  Grows
+    by doubling, so never beyond twice what really came in.
+    """
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._memory = bytearray(capacity)
+        self._view = memoryview(self._memory)
+        self._start = 0
+        self._end = 0
+        self.offset = 0
+        self.ended = False
+
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    def room(self) -> memoryview:
+        """Free memory to read into, never empty."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        capacity = len(self._memory)
+        if capacity - self._end < min(_ROOM, capacity // 4):
+            held = len(self)
+            if held > capacity // 2:
+                grown = bytearray(2 * capacity)
+                grown[:held] = self.view()
+                self._memory = grown
+                self._view = memoryview(grown)
+            else:
+                self._view[:held] = bytes(self.view())
+            self._start, self._end = 0, held
+        return self._view[self._end :]
+
+    def received(self, count: int) -> None:
+        """Take note that *count* bytes were put into ``room()``; 0 is the end of the input."""
+        if count == 0:
+            self.ended = True
+        self._end += count
+
+    def view(self) -> memoryview:
+        """Everything that waits."""
+        return self._view[self._start : self._end]
+
+    def peek(self, count: int) -> memoryview:
+        """The next *count* bytes, which must be there."""
+        return self._view[self._start : self._start + count]
+
+    def advance(self, count: int) -> None:
+        """Go past *count* bytes; views of them stay right until ``room()``."""
+        self._start += count
+        self.offset += count
+
+
+class Cursor:
+    """Reading numbers and names off a buffer, each step a generator that waits for its bytes."""
+
+    __slots__ = ("buffer",)
+
+    def __init__(self, buffer: ReceiveBuffer) -> None:
+        self.buffer = buffer
+
+    def need(self, count: int, what: str) -> Parse[None]:
+        """Wait until *count* bytes are there; *what* names them should the input end before."""
+        while len(self.buffer) < count:
+            if self.buffer.ended:
+                raise TruncatedStream(
+                    f"{count} bytes for {what}",
+                    f"the end of the input after {len(self.buffer)}",
+                    offset=self.buffer.offset,
+                    advice="the stream was cut off, or its sender failed",
+                )
+            yield None
+
+    def take(self, count: int, what: str) -> Parse[bytes]:
+        """The next *count* bytes, copied: for names and small payloads."""
+        yield from self.need(count, what)
+        taken = bytes(self.buffer.peek(count))
+        self.buffer.advance(count)
+        return taken
+
+    def number(self, size: int, what: str) -> Parse[int]:
+        """A big-endian unsigned number of *size* bytes."""
+        yield from self.need(size, what)
+        value = int.from_bytes(self.buffer.peek(size))
+        self.buffer.advance(size)
+        return value
+
+    def peek_number(self, size: int, what: str) -> Parse[int]:
+        """As :meth:`number`, left in the buffer."""
+        yield from self.need(size, what)
+        return int.from_bytes(self.buffer.peek(size))
+
+    def name(self, what: str) -> Parse[str]:
+        """A length byte and a name of 1 to 255 bytes, UTF-8 without control characters."""
+        offset = self.buffer.offset
+        size = yield from self.number(1, f"the length of {what}")
+        raw = yield from self.take(size, what)
+        return decode_name(raw, what, offset)
+
+    def fail(self, expected: str, found: str, **place: Any) -> StreamError:
+        """The error for something wrong at the current byte (or at ``offset=``)."""
+        place.setdefault("offset", self.buffer.offset)
+        return StreamError(expected, found, **place)
+
+
+def decode_name(raw: bytes, what: str, offset: int) -> str:
+    """*raw* as text; refused where it is empty, not UTF-8, or has control characters."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        text = ""
+    if not text or not text.isprintable():
+        found = printable(raw) if raw else "an empty name"
+        raise StreamError(f"{what} as printable text of 1 to 255 bytes", found, offset=offset)
+    return text
+
+
+def encode_name(name: str) -> bytes:
+    """*name* with its length byte in front."""
+    raw = name.encode("utf-8")
+    if not 1 <= len(raw) <= 255:
+        raise StreamError("a name of 1 to 255 bytes", f"{len(raw)} bytes")
+    return bytes([len(raw)]) + raw

@@ -1,0 +1,262 @@
+"""multifd: pages on channels of their own.
+
+QEMU 4.0 to 8.2 ``migration/multifd.c``; zero pages in packets from 9.0 on.  A channel sends one
+initial packet of 64 bytes, then packets: a header of full length whatever it holds, and a payload.
+Empty packets repeat name, sizes and offsets of an older packet: only counts and flags are believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import LimitExceeded, StreamError, printable
+from . import limits
+from .buffer import Cursor, Parse, ReceiveBuffer
+from .ram import RamBlock
+
+MAGIC: Final = bytes.fromhex("11223344")
+VERSION: Final = 1
+PACKET_BYTES: Final = 512 << 10
+"""Bytes of pages in one packet at the most, whatever the size of a page."""
+
+_INITIAL: Final = 64
+_FIXED: Final = 320
+_SYNC: Final = 1
+_METHOD_MASK: Final = 0x1FFFF << 1
+_DEVICE_STATE: Final = 32 << 1
+
+
+class Method(IntEnum):
+    """How the pages of a packet are compressed."""
+
+    NONE = 0
+    ZLIB = 1 << 1
+    ZSTD = 2 << 1
+    QPL = 4 << 1
+    UADK = 8 << 1
+    QATZIP = 16 << 1
+
+
+READABLE: Final = frozenset({Method.NONE, Method.ZLIB, Method.ZSTD})
+"""Methods that work without special hardware."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """The initial packet: which machine, and which of its channels.
+
+    ``uuid`` is all zeros for a machine started without one.
+    """
+
+    uuid: UUID
+    channel: int
+
+    def encode(self) -> bytes:
+        """The packet as on the wire."""
+        head = MAGIC + VERSION.to_bytes(4) + self.uuid.bytes + bytes([self.channel])
+        return head.ljust(_INITIAL, b"\0")
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A packet of pages of one RAM block, or a mere synchronisation.
+
+    ``normal`` are the offsets of pages whose content is in ``payload`` in that order, compressed by
+    ``method``; ``zero`` those of zero pages (QEMU 9.0), which have no payload.  ``block`` is
+    ``None`` where there is no page.  ``header`` and ``payload`` lend the reader's buffer; ``offset``
+    is the packet's place in its channel.
+    """
+
+    header: memoryview | bytes
+    payload: memoryview | bytes
+    sync: bool
+    method: Method
+    block: RamBlock | None
+    normal: npt.NDArray[np.uint64]
+    zero: npt.NDArray[np.uint64]
+    offset: int = 0
+
+    def encode(self) -> bytes:
+        """The packet as on the wire."""
+        return bytes(self.header) + bytes(self.payload)
+
+
+def pages_per_packet(page_size: int) -> int:
+    """Entries in the table of offsets."""
+    return PACKET_BYTES // page_size
+
+
+def encode_header(
+    block: RamBlock | None,
+    normal: npt.NDArray[np.uint64],
+    *,
+    payload_size: int,
+    number: int,
+    page_size: int,
+    method: Method = Method.NONE,
+    sync: bool = False,
+) -> bytes:
+    """The header of a packet in the layout of QEMU 4.0 to 8.2."""
+    fields = (method | (_SYNC if sync else 0), pages_per_packet(page_size), len(normal))
+    head = MAGIC + VERSION.to_bytes(4) + b"".join(value.to_bytes(4) for value in fields)
+    head += payload_size.to_bytes(4) + number.to_bytes(8) + bytes(32)
+    name = block.name.encode("utf-8") if block is not None else b""
+    table = normal.astype(">u8").tobytes().ljust(8 * pages_per_packet(page_size), b"\0")
+    return head + name.ljust(256, b"\0") + table
+
+
+class MultifdReader:
+    """Reads one multifd channel; used as :class:`~vmferry.wire.reader.StreamReader` is.
+
+    *blocks* are the machine's RAM blocks by name and may be filled in later than the first packet
+    is read, which is a synchronisation.
+    """
+
+    def __init__(
+        self, blocks: Mapping[str, RamBlock], *, page_size: int = 4096, channel: str = "multifd"
+    ) -> None:
+        self.channel = channel
+        self.buffer = ReceiveBuffer(2 << 20)
+        self.page_size = page_size
+        self._blocks = blocks
+        self._error: StreamError | None = None
+        self._steps = self._packets(Cursor(self.buffer))
+
+    def events(self) -> Iterator[Hello | Packet]:
+        """What the bytes received so far hold; raises the same error again once broken."""
+        if self._error is not None:
+            raise self._error
+        try:
+            for event in self._steps:
+                if event is None:
+                    return
+                yield event
+        except StreamError as error:
+            self._error = error.within(channel=self.channel, offset=self.buffer.offset)
+            raise
+
+    def _packets(self, at: Cursor) -> Parse[None]:
+        yield (yield from _hello(at))
+        while True:
+            # A channel may end cleanly between packets and nowhere else.
+            while not self.buffer:
+                if self.buffer.ended:
+                    return
+                yield None
+            yield (yield from self._packet(at))
+
+    def _packet(self, at: Cursor) -> Parse[Packet]:
+        size = _FIXED + 8 * pages_per_packet(self.page_size)
+        yield from at.need(size, "the header of a packet")
+        header = at.buffer.peek(size)
+        flags, normal, payload = self._checked(at, header)
+        # What an empty packet says of its payload is left over from an older one.
+        payload = payload if normal else 0
+        if payload > limits.MULTIFD_PAYLOAD:
+            raise LimitExceeded(
+                f"a payload of at most {limits.MULTIFD_PAYLOAD} bytes",
+                str(payload),
+                offset=at.buffer.offset,
+            )
+        yield from at.need(size + payload, "the pages of a packet")
+        whole = at.buffer.peek(size + payload)
+        packet = self._read(at, whole[:size], whole[size:], flags, normal)
+        at.buffer.advance(size + payload)
+        return packet
+
+    def _checked(self, at: Cursor, header: memoryview) -> tuple[int, int, int]:
+        """Flags, number of normal pages and payload size of a header that can be read."""
+        if header[:4] != MAGIC or int.from_bytes(header[4:8]) != VERSION:
+            raise at.fail(
+                f"a packet with magic {MAGIC.hex()} and version {VERSION}",
+                f"{header[:4].hex()} and {int.from_bytes(header[4:8])}",
+            )
+        flags, normal, size = (int.from_bytes(header[i : i + 4]) for i in (8, 16, 20))
+        method = flags & _METHOD_MASK
+        if flags & ~(_METHOD_MASK | _SYNC):
+            raise at.fail("flags of a packet: sync and a compression", f"{flags:#x}")
+        if method & _DEVICE_STATE:
+            raise at.fail("a packet of pages", "one of device state (QEMU 10.0)")
+        if normal and method not in READABLE:
+            known = Method(method).name.lower() if method in set(Method) else f"number {method:#x}"
+            raise at.fail("pages plain or compressed by zlib or zstd", f"compression {known}")
+        most = pages_per_packet(self.page_size)
+        zero = int.from_bytes(header[32:36])
+        if normal > most or zero > most - normal:
+            raise at.fail(f"at most {most} pages in a packet", f"{normal} and {zero} zero pages")
+        return flags, normal, size
+
+    def _read(
+        self, at: Cursor, header: memoryview, payload: memoryview, flags: int, normal: int
+    ) -> Packet:
+        zero = int.from_bytes(header[32:36])
+        offsets = np.frombuffer(header, ">u8", normal + zero, _FIXED).astype(np.uint64)
+        block = self._block(at, header) if normal or zero else None
+        if block is not None:
+            self._check_offsets(at, block, offsets)
+        method = Method(flags & _METHOD_MASK) if normal else Method.NONE
+        if normal and method == Method.NONE and len(payload) != normal * self.page_size:
+            raise at.fail(
+                f"{normal * self.page_size} bytes for {normal} pages", str(len(payload))
+            )
+        return Packet(
+            header,
+            payload,
+            bool(flags & _SYNC),
+            method,
+            block,
+            offsets[:normal],
+            offsets[normal:],
+            at.buffer.offset,
+        )
+
+    def _block(self, at: Cursor, header: memoryview) -> RamBlock:
+        name = bytes(header[64:_FIXED]).split(b"\0", 1)[0]
+        block = self._blocks.get(name.decode("utf-8", "replace"))
+        if block is None:
+            raise at.fail("the name of a RAM block of the main channel", printable(name))
+        return block
+
+    def _check_offsets(
+        self, at: Cursor, block: RamBlock, offsets: npt.NDArray[np.uint64]
+    ) -> None:
+        last = block.length - self.page_size
+        wrong = (offsets > np.uint64(max(last, 0))) | (offsets % np.uint64(self.page_size) != 0)
+        if last < 0 or wrong.any():
+            raise at.fail(
+                f"offsets of pages of {self.page_size} bytes up to {last:#x}",
+                f"{int(offsets[wrong][0]):#x}" if wrong.any() else "a block of less than a page",
+                block=block.name,
+            )
+
+
+def _hello(at: Cursor) -> Parse[Hello]:
+    yield from at.need(8, "the initial packet of a channel")
+    head = at.buffer.peek(8)
+    if head[:4] != MAGIC or int.from_bytes(head[4:8]) != VERSION:
+        raise at.fail(
+            f"an initial packet with magic {MAGIC.hex()} and version {VERSION}",
+            f"{head[:4].hex()} and {int.from_bytes(head[4:8])}",
+        )
+    raw = yield from at.take(_INITIAL, "the initial packet of a channel")
+    return Hello(UUID(bytes=raw[8:24]), raw[24])
+
+
+__all__ = [
+    "MAGIC",
+    "PACKET_BYTES",
+    "READABLE",
+    "Hello",
+    "Method",
+    "MultifdReader",
+    "Packet",
+    "encode_header",
+    "pages_per_packet",
+]

@@ -1,0 +1,299 @@
+"""The `ram` section, version 4: block list, page records, end of section.
+
+QEMU 7.2 ``migration/ram.c``.  Every record starts with a big-endian 64-bit word: an offset in a RAM
+block, a multiple of the target page, with the record's flags in the low bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from ..errors import LimitExceeded, StreamError, printable
+from ..pages import (
+    CONTINUE,
+    KINDS,
+    ROW,
+    Rows,
+    compress_bound,
+    pack_records,
+    scan_records,
+)
+from . import limits
+from .buffer import Cursor, Parse, encode_name
+from .layout import RAM_END, RAM_FLUSH, RAM_FULL, RAM_HOOK, RAM_SIZES
+
+BATCH: Final = 4096
+"""Records in one batch at the most: 16 MiB of pages, or zero records of as much."""
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlock:
+    """A named piece of guest memory: *length* bytes, a multiple of the target page.
+
+    ``page_size`` is the host's page size for the block, sent only where a postcopy source uses huge
+    pages (QEMU 2.9).  ``address`` is where the guest sees it, sent under ``x-ignore-shared`` (4.0).
+    """
+
+    name: str
+    length: int
+    page_size: int | None = None
+    address: int | None = None
+
+    def encode(self) -> bytes:
+        """The block's entry in the block list."""
+        numbers = (self.length, self.page_size, self.address)
+        return encode_name(self.name) + b"".join(n.to_bytes(8) for n in numbers if n is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class RamBlocks:
+    """The block list: what memory the machine has, in the order of the pages that follow."""
+
+    blocks: tuple[RamBlock, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all blocks."""
+        return sum(block.length for block in self.blocks)
+
+    def encode(self) -> bytes:
+        """The record as on the wire."""
+        return (self.total | RAM_SIZES).to_bytes(8) + b"".join(b.encode() for b in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class RamPages:
+    """A batch of page records of one block, in stream order; no object stands for a page.
+
+    ``rows`` has a row of :data:`vmferry.pages.ROW` for each record, which points into ``data``.
+    ``data`` lends the reader's buffer: right until more is read into it.
+    """
+
+    block: RamBlock
+    rows: Rows
+    data: memoryview
+    page_size: int
+
+    @property
+    def kinds(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """PAGE, ZERO, XBZRLE or COMPRESS for each record."""
+        return self.rows["word"] & np.uint64(KINDS & (self.page_size - 1))  # type: ignore[no-any-return]
+
+    @property
+    def offsets(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """The offset in the block of each page, in bytes."""
+        return self.rows["word"] & ~np.uint64(self.page_size - 1)  # type: ignore[no-any-return]
+
+    def encode(self) -> bytes:
+        """The records as on the wire."""
+        name = encode_name(self.block.name)
+        extra = len(name) + 8 + 4
+        out = bytearray(int(self.rows["length"].sum()) + len(self.rows) * extra)
+        _, size = pack_records(self.rows, 0, self.data, self.page_size, name, out)
+        return bytes(memoryview(out)[:size])
+
+
+class RamFlush:
+    """All multifd channels must have delivered what they were sent (QEMU 8.1)."""
+
+    __slots__ = ()
+
+    def encode(self) -> bytes:
+        """The record as on the wire."""
+        return RAM_FLUSH.to_bytes(8)
+
+
+class RamEnd:
+    """The end of this section's records; with multifd before QEMU 8.1 also a flush."""
+
+    __slots__ = ()
+
+    def encode(self) -> bytes:
+        """The record as on the wire."""
+        return RAM_END.to_bytes(8)
+
+
+@dataclass(slots=True)
+class RamReader:
+    """Reads the bodies of `ram` sections; remembers the blocks and the current one.
+
+    ``page_size`` is the target page in bytes.  ``addresses`` says that entries of the block list
+    carry guest addresses, ``huge_pages`` that they may carry page sizes.
+    """
+
+    page_size: int
+    max_ram: int
+    addresses: bool = False
+    huge_pages: bool = False
+    blocks: dict[str, RamBlock] = field(default_factory=dict)
+    _current: RamBlock | None = None
+    _name: bytes = b""
+    _rows: Rows = field(default_factory=lambda: np.zeros(BATCH, ROW))
+
+    def body(self, at: Cursor) -> Parse[None]:
+        """Read one body up to and with its end record; yields the events above."""
+        while True:
+            word = yield from at.peek_number(8, "a record of guest memory")
+            flags = word & (self.page_size - 1)
+            if flags & KINDS:
+                yield from self._pages(at, word)
+                continue
+            if flags == RAM_SIZES:
+                yield (yield from self._block_list(at))
+                continue
+            if word == RAM_END:
+                at.buffer.advance(8)
+                yield RamEnd()
+                return
+            if word != RAM_FLUSH:
+                raise self._unknown(at, word)
+            at.buffer.advance(8)
+            yield RamFlush()
+
+    def _unknown(self, at: Cursor, word: int) -> StreamError:
+        flags = word & (self.page_size - 1)
+        advice = None
+        if flags & RAM_HOOK:
+            advice = "hooks belong to RDMA and cannot occur on a byte stream"
+        elif flags & RAM_FULL:
+            advice = "this record is obsolete"
+        return at.fail(
+            "a record of guest memory: sizes, zero, page, xbzrle, compressed, flush or end",
+            f"the word {word:#018x}",
+            advice=advice,
+        )
+
+    def _block_list(self, at: Cursor) -> Parse[RamBlocks]:
+        offset = at.buffer.offset
+        total = (yield from at.number(8, "the size of all RAM")) & -self.page_size
+        if self.blocks:
+            raise at.fail("one list of RAM blocks", "a second one", offset=offset)
+        if total > self.max_ram:
+            raise LimitExceeded(
+                f"at most {self.max_ram} bytes of guest memory",
+                str(total),
+                offset=offset,
+                advice="allow more with --max-ram",
+            )
+        blocks: dict[str, RamBlock] = {}
+        left = total
+        while left:
+            if len(blocks) == limits.RAM_BLOCKS:
+                raise LimitExceeded(f"at most {limits.RAM_BLOCKS} RAM blocks", "more", offset=offset)
+            block = yield from self._block(at, left)
+            if block.name in blocks:
+                raise at.fail("each RAM block once", f"{printable(block.name)} again", offset=offset)
+            blocks[block.name] = block
+            left -= block.length
+        self.blocks = blocks
+        return RamBlocks(tuple(blocks.values()))
+
+    def _block(self, at: Cursor, left: int) -> Parse[RamBlock]:
+        offset = at.buffer.offset
+        name = yield from at.name("the name of a RAM block")
+        length = yield from at.number(8, "the length of a RAM block")
+        if length == 0 or length % self.page_size or length > left:
+            raise at.fail(
+                f"a length of 1 to {left // self.page_size} pages of {self.page_size} bytes"
+                " (the lengths add up to the total)",
+                f"{length:#x} bytes",
+                offset=offset,
+                block=name,
+            )
+        page_size = address = None
+        if self.addresses:
+            address = yield from at.number(8, "the address of a RAM block")
+        elif self.huge_pages and (yield from self._has_page_size(at, last=length == left)):
+            page_size = yield from at.number(8, "the page size of a RAM block")
+            if page_size & (page_size - 1) or not 1024 <= page_size <= 1 << 40:
+                raise at.fail(
+                    "a power of two as page size", f"{page_size:#x}", offset=offset, block=name
+                )
+        return RamBlock(name, length, page_size, address)
+
+    def _has_page_size(self, at: Cursor, *, last: bool) -> Parse[bool]:
+        # The field is not announced for each block: a name starts with its length, never 0, a page
+        # size below 2^56 with 0; a record after the last block has flags, a page size has none.
+        if last:
+            word = yield from at.peek_number(8, "a record of guest memory")
+            return word & (self.page_size - 1) == 0
+        return (yield from at.peek_number(1, "the name of a RAM block")) == 0
+
+    def _pages(self, at: Cursor, word: int) -> Parse[None]:
+        if not word & CONTINUE:
+            yield from self._switch_block(at, word)
+        if self._current is None:
+            raise at.fail("a page that names its RAM block", "one that continues the block before")
+        buffer = at.buffer
+        view = buffer.view()
+        stop, count = scan_records(
+            view, 0, len(view), self.page_size, self._current.length, self._name, self._rows
+        )
+        if count == 0:
+            yield from self._await_record(at, word)
+            return
+        buffer.advance(stop)
+        yield RamPages(self._current, self._rows[:count].copy(), view, self.page_size)
+
+    def _switch_block(self, at: Cursor, word: int) -> Parse[None]:
+        yield from at.need(9, "the name of a RAM block")
+        size = at.buffer.peek(9)[8]
+        yield from at.need(9 + size, "the name of a RAM block")
+        raw = bytes(at.buffer.peek(9 + size)[8:])
+        if raw == self._name:
+            return
+        block = self.blocks.get(raw[1:].decode("utf-8", "replace"))
+        if block is None:
+            raise at.fail(
+                "the name of a RAM block from the list before",
+                printable(raw[1:]),
+                advice=f"the record is {word:#018x}",
+            )
+        self._current, self._name = block, raw
+
+    def _await_record(self, at: Cursor, word: int) -> Parse[None]:
+        """Wait for the whole of a record that the kernel left, or say what is wrong with it."""
+        block = self._current
+        name = 0 if word & CONTINUE else len(self._name)
+        if block is not None and word & -self.page_size > block.length - self.page_size:
+            raise at.fail(
+                f"a page below {block.length:#x}, the end of its block",
+                f"one at {word & -self.page_size:#x}",
+                block=block.name,
+            )
+        head = 8 + name
+        match word & (self.page_size - 1) & ~CONTINUE:
+            case 0x008:
+                head += self.page_size
+            case 0x002:
+                head += 1
+                yield from at.need(head, "a zero page")
+                if fill := at.buffer.peek(head)[-1]:
+                    raise at.fail("a zero page filled with 0", f"{fill:#04x}")
+            case 0x040:
+                yield from at.need(head + 3, "an XBZRLE page")
+                encoding, *size = at.buffer.peek(head + 3)[head:]
+                length = int.from_bytes(bytes(size))
+                if encoding != 1 or length > self.page_size:
+                    raise at.fail(
+                        f"XBZRLE encoding 1 with at most {self.page_size} bytes",
+                        f"encoding {encoding} with {length} bytes",
+                    )
+                head += 3 + length
+            case 0x100:
+                yield from at.need(head + 4, "a compressed page")
+                length = int.from_bytes(at.buffer.peek(head + 4)[head:])
+                if length > compress_bound(self.page_size):
+                    raise LimitExceeded(
+                        f"at most {compress_bound(self.page_size)} bytes of one page compressed",
+                        str(length),
+                        offset=at.buffer.offset,
+                    )
+                head += 4 + length
+            case _:
+                raise self._unknown(at, word)
+        yield from at.need(head, "a page")
+

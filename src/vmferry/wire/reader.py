@@ -1,0 +1,379 @@
+"""The reader of the main channel: bytes in, events out.
+
+QEMU 7.2 ``migration/savevm.c`` (``qemu_loadvm_state_main``).  Does no I/O, never blocks, raises
+nothing but :class:`~vmferry.errors.StreamError`, and does the same for the same bytes however they
+were cut into reads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import Any, Final
+
+from ..errors import StreamError, printable
+from . import foreign
+from .bitmap import BitmapReader
+from .buffer import Cursor, Parse, ReceiveBuffer
+from .commands import (
+    Command,
+    OpenReturnPath,
+    Package,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyRun,
+    parse_command,
+)
+from .configuration import Configuration, parse_configuration
+from .description import VmDescription
+from .devices import TailFinder, find_early_section
+from .disk import DiskReader
+from .layout import BITMAP_SECTION, DISK_SECTION, IGNORE_SHARED, MAPPED_RAM, RAM_SECTION, Kind
+from .machine import target_page_size
+from .ram import RamReader
+from .sections import (
+    EndOfStream,
+    SectionEnd,
+    SectionFooter,
+    SectionPart,
+    SectionStart,
+    parse_header,
+    parse_start,
+)
+
+Event = Any
+Body = Callable[[Cursor], Parse[None]]
+
+VERSIONS: Final = {
+    RAM_SECTION: 4,
+    DISK_SECTION: 1,
+    BITMAP_SECTION: 1,
+    foreign.S390_ATTRIBUTES: 0,
+    foreign.SPAPR_HTAB: 1,
+}
+"""The iterable sections that can be read, and the version of each."""
+
+
+class Tolerate(Flag):
+    """What is refused unless asked for, because no source that means well leaves it out."""
+
+    NOTHING = 0
+    NO_RAM = auto()
+    """The stream ends before any guest memory."""
+    NO_END = auto()
+    """A section is never ended, as `ram` in a background snapshot."""
+
+
+@dataclass(slots=True)
+class _Iterable:
+    head: SectionStart
+    body: Body
+    later: Body
+    parts: int = 0
+    ended: bool = False
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has: the default bound for a guest's RAM."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class StreamReader:
+    """Reads one migration stream.
+
+    Fill ``buffer.room()``, report with ``buffer.received(count)`` (0 at the end of the input), then
+    iterate over :meth:`events` until it stops, which means *more bytes, please*, or the end where
+    :attr:`finished`.  Views in events stay right until the next ``buffer.room()``.
+
+    ``page_size`` is the target page in bytes where neither the stream nor the machine's name tells.
+    """
+
+    def __init__(
+        self,
+        *,
+        channel: str = "main",
+        max_ram: int | None = None,
+        page_size: int | None = None,
+        tolerate: Tolerate = Tolerate.NOTHING,
+    ) -> None:
+        self.channel = channel
+        self.buffer = ReceiveBuffer()
+        self.configuration: Configuration | None = None
+        self.description: VmDescription | None = None
+        self.footers: bool | None = None
+        self.return_path = False
+        self.postcopy = False
+        self.finished = False
+        self._at = Cursor(self.buffer)
+        self._max_ram = physical_memory() if max_ram is None else max_ram
+        self._page_size = page_size
+        self._tolerate = tolerate
+        self._advised: PostcopyAdvise | None = None
+        self._ram: RamReader | None = None
+        self._sections: dict[int, _Iterable] = {}
+        self._error: StreamError | None = None
+        self._steps = self._stream()
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a target page, as far as is known by now."""
+        if self._ram is not None:
+            return self._ram.page_size
+        return self._page_size or target_page_size(self.configuration)
+
+    def feed(self, data: bytes | memoryview) -> Iterator[Event]:
+        """The events of *data*, copied in piece by piece; empty *data* ends the input."""
+        data = memoryview(data)
+        if not data:
+            self.buffer.received(0)
+            yield from self.events()
+        while data:
+            room = self.buffer.room()
+            piece = data[: len(room)]
+            room[: len(piece)] = piece
+            self.buffer.received(len(piece))
+            data = data[len(piece) :]
+            yield from self.events()
+
+    def events(self) -> Iterator[Event]:
+        """Everything that the bytes received so far say; raises the same error again once broken."""
+        if self._error is not None:
+            raise self._error
+        try:
+            for event in self._steps:
+                if event is None:
+                    return
+                yield event
+        except StreamError as error:
+            self._error = error.within(channel=self.channel, offset=self.buffer.offset)
+            raise
+
+    def _stream(self) -> Parse[None]:
+        at = self._at
+        yield (yield from parse_header(at))
+        if (yield from at.peek_number(1, "a section")) == Kind.CONFIGURATION:
+            yield from self._configure()
+        while not self.finished:
+            kind = yield from at.peek_number(1, "a section")
+            match kind:
+                case Kind.START:
+                    yield from self._start()
+                case Kind.PART | Kind.END:
+                    yield from self._continue(kind)
+                case Kind.COMMAND:
+                    yield from self._command()
+                case Kind.FULL if self._early():
+                    yield from self._early_section()
+                case Kind.FULL:
+                    yield from self._devices()
+                case Kind.EOF:
+                    yield from self._end_without_devices()
+                case _:
+                    raise at.fail(
+                        "a section: start, part, end, full, command or end of stream",
+                        f"the type byte {kind:#04x}",
+                    )
+
+    def _configure(self) -> Parse[None]:
+        self.configuration = yield from parse_configuration(self._at)
+        if MAPPED_RAM in self.configuration.capabilities:
+            raise self._at.fail(
+                "a stream",
+                "a file with the pages at fixed places",
+                advice="save it without the capability mapped-ram",
+            )
+        yield self.configuration
+
+    # Iterable sections
+
+    def _start(self) -> Parse[None]:
+        offset = self.buffer.offset
+        self.buffer.advance(1)
+        head = yield from parse_start(self._at)
+        wanted = VERSIONS.get(head.name)
+        if wanted is None:
+            raise self._at.fail(
+                f"an iterable section that can be read ({', '.join(VERSIONS)})",
+                printable(head.name),
+                offset=offset,
+                advice="its pieces have no length, so nothing behind it can be read",
+            )
+        if head.version != wanted:
+            raise self._at.fail(
+                f"version {wanted} of section {head.name}", str(head.version), offset=offset
+            )
+        if any(known.head.name == head.name for known in self._sections.values()):
+            raise self._at.fail(f"one section {head.name}", "a second one", offset=offset)
+        if head.number in self._sections:
+            raise self._at.fail(
+                "a section number not in use", f"number {head.number} again", offset=offset
+            )
+        section = _Iterable(head, *self._bodies(head.name))
+        self._sections[head.number] = section
+        yield head
+        yield from self._body(section, section.body)
+
+    def _bodies(self, name: str) -> tuple[Body, Body]:
+        if name == RAM_SECTION:
+            capabilities = self.configuration.capabilities if self.configuration else ()
+            sizes = self._advised.page_sizes if self._advised else None
+            self._ram = RamReader(
+                self.page_size,
+                self._max_ram,
+                addresses=IGNORE_SHARED in capabilities,
+                huge_pages=sizes is not None and sizes & (sizes - 1) != 0,
+            )
+            return self._ram.body, self._ram.body
+        if name == DISK_SECTION:
+            return (body := DiskReader().body), body
+        if name == BITMAP_SECTION:
+            return (body := BitmapReader().body), body
+        if name == foreign.S390_ATTRIBUTES:
+            return foreign.storage_attributes, foreign.storage_attributes
+        return foreign.hash_table_start, foreign.hash_table
+
+    def _continue(self, kind: int) -> Parse[None]:
+        offset = self.buffer.offset
+        yield from self._at.need(5, "a section's head")
+        number = int.from_bytes(self.buffer.peek(5)[1:])
+        section = self._sections.get(number)
+        if section is None:
+            raise self._at.fail(
+                "the number of a section that was started", str(number), offset=offset
+            )
+        name = section.head.name
+        if section.ended:
+            raise self._at.fail(
+                f"nothing more of section {name} after its end", "more of it", offset=offset
+            )
+        self.buffer.advance(5)
+        section.parts += 1
+        section.ended = kind == Kind.END
+        yield SectionEnd(number, name) if section.ended else SectionPart(number, name)
+        yield from self._body(section, section.later)
+
+    def _body(self, section: _Iterable, body: Body) -> Parse[None]:
+        try:
+            yield from body(self._at)
+            yield from self._footer(section.head.number)
+        except StreamError as error:
+            raise error.within(section=section.head.name) from None
+
+    def _footer(self, number: int) -> Parse[None]:
+        # The first section shows whether there are footers: their type byte is nothing else's.
+        kind = yield from self._at.peek_number(1, "a section's footer")
+        if self.footers is None:
+            self.footers = kind == Kind.FOOTER
+        if not self.footers:
+            return
+        yield from self._at.need(5, "a section's footer")
+        found = bytes(self.buffer.peek(5))
+        footer = SectionFooter(number)
+        if found != footer.encode():
+            raise self._at.fail(f"the footer {footer.encode().hex(' ')}", found.hex(" "))
+        self.buffer.advance(5)
+        yield footer
+
+    # Commands
+
+    def _command(self) -> Parse[None]:
+        offset = self.buffer.offset
+        command: Command = yield from parse_command(self._at)
+        match command:
+            case PostcopyListen() | PostcopyRun():
+                raise self._at.fail(
+                    "this command inside a package", "it outside", offset=offset, section="command"
+                )
+            case PostcopyAdvise() if self._ram is not None:
+                raise self._at.fail("the advice before guest memory", "it after", offset=offset)
+            case PostcopyAdvise():
+                self._advised = command
+            case OpenReturnPath():
+                self.return_path = True
+            case Package() if self.postcopy:
+                raise self._at.fail("one package", "a second one", offset=offset)
+            case Package():
+                self.postcopy = True
+        yield command
+
+    # Devices and the end
+
+    def _early(self) -> bool:
+        # Devices with early state (QEMU 8.0) come between the starts and the first part; every
+        # other device comes when the iterable sections have had at least a part.
+        running = self._sections.values()
+        return bool(running) and not any(section.parts for section in running)
+
+    def _early_section(self) -> Parse[None]:
+        finder = find_early_section(self.buffer.offset, set(self._sections))
+        section = None
+        while section is None:
+            section = finder.search(self.buffer.view(), ended=self.buffer.ended)
+            if section is None:
+                yield None
+        self.buffer.advance(section.size)
+        yield section
+
+    def _devices(self) -> Parse[None]:
+        self._check_complete()
+        finder = TailFinder(footers=bool(self.footers), offset=self.buffer.offset)
+        found = None
+        while found is None:
+            found = finder.search(self.buffer.view(), ended=self.buffer.ended)
+            if found is None:
+                yield None
+        view = self.buffer.view()
+        yield from found.sections(view)
+        self.buffer.advance(found.devices_size + 1)
+        yield EndOfStream()
+        if found.description is not None:
+            yield from self._describe(found.description, found.description_size)
+        self.finished = True
+
+    def _describe(self, description: VmDescription, size: int) -> Parse[None]:
+        if description.page_size != self.page_size:
+            raise self._at.fail(
+                f"{self.page_size} bytes a page in the description",
+                str(description.page_size),
+                advice=f"read it with page_size={description.page_size} (--page-size)",
+            )
+        self.buffer.advance(size)
+        self.description = description
+        yield description
+
+    def _end_without_devices(self) -> Parse[None]:
+        if not self.postcopy:
+            self._check_complete()
+        self.buffer.advance(1)
+        yield EndOfStream()
+        if not self.postcopy:
+            yield from self._description_alone()
+        self.finished = True
+
+    def _description_alone(self) -> Parse[None]:
+        """What may stand behind the end where no device was sent."""
+        finder = TailFinder(footers=bool(self.footers), offset=self.buffer.offset)
+        found = None
+        while found is None:
+            found = finder.search_description(self.buffer.view(), ended=self.buffer.ended)
+            if found is None:
+                yield None
+        if found.description is not None:
+            yield from self._describe(found.description, found.description_size)
+
+    def _check_complete(self) -> None:
+        if self._ram is None and Tolerate.NO_RAM not in self._tolerate:
+            raise self._at.fail(
+                "guest memory before the devices and the end",
+                "none",
+                advice="accept such a stream with no-ram",
+            )
+        for section in self._sections.values():
+            if not section.ended and Tolerate.NO_END not in self._tolerate:
+                raise self._at.fail(
+                    f"the end of section {section.head.name}",
+                    "what follows the iterable sections",
+                    advice="a background snapshot has none: accept it with no-end",
+                )
