@@ -1,0 +1,225 @@
+"""A QMP client: commands, their answers and events, over a unix or TCP socket.
+
+The protocol is that of QEMU's docs/interop/qmp-spec: one JSON object per line, a greeting first,
+``qmp_capabilities`` before anything else, an ``id`` that comes back with the answer, and events
+between any two lines.  Every wait has a deadline.  What the other side sends is bounded (a line
+has at most 16 MiB) and checked; it can be garbled or silent, but not harmful.
+
+Only the Python standard library is used: the ``qemu.qmp`` package is asynchronous, and its
+synchronous wrapper is bound to the thread that made it and licensed under the GPL.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Final, Self
+
+from vmferry.errors import PeerError, TransportError, UsageError, printable
+
+MAX_LINE: Final = 16 << 20  # the largest answer of QEMU 7.2, query-qmp-schema, has 200 kB
+MAX_EVENTS: Final = 10_000  # events kept for wait_event(); the oldest go first
+
+Object = dict[str, Any]
+
+
+class QmpError(PeerError):
+    """QEMU answered a command with an error; ``kind`` is its class, e.g. ``CommandNotFound``."""
+
+    def __init__(self, command: str, kind: str, description: str) -> None:
+        super().__init__(f"QEMU refuses {command}: {description}")
+        self.kind = kind
+        self.description = description
+
+
+class Qmp:
+    """A QMP session, ready for commands.
+
+    Any thread may call it; commands are executed one after the other.  *connection* is a connected
+    stream socket, owned by the session from here on.  *timeout* (seconds) applies to the greeting
+    and, unless another one is given, to each command.
+
+    Raises TransportError when the connection breaks or a deadline passes, PeerError when the other
+    side does not speak QMP.
+    """
+
+    def __init__(self, connection: socket.socket, *, timeout: float = 30.0) -> None:
+        self._socket = connection
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._received = bytearray()
+        self._events: deque[Object] = deque(maxlen=MAX_EVENTS)
+        self._commands = 0
+        try:
+            self.greeting: Object = _greeting(self._next(self._deadline(None), "the greeting"))
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def connect(cls, address: str, *, timeout: float = 30.0) -> Self:
+        """A session with the QMP server at ``tcp:host:port``, ``unix:path`` or a plain path."""
+        try:
+            connection = _connect(address, timeout)
+        except OSError as exc:
+            raise TransportError(
+                f"cannot connect to QMP at {printable(address)}: {exc.strerror or exc}"
+            ) from exc
+        return cls(connection, timeout=timeout)
+
+    def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Any:
+        """The answer to *command*: what stands under ``return``.
+
+        Raises QmpError when QEMU refuses.  After a TransportError for a passed deadline the session
+        is still good: a late answer is dropped.
+        """
+        deadline = self._deadline(timeout)
+        with self._lock:
+            self._commands += 1
+            request: Object = {"execute": command, "id": self._commands}
+            if arguments:
+                request["arguments"] = dict(arguments)
+            self._send(json.dumps(request).encode() + b"\n", deadline, command)
+            while True:
+                answer = self._next(deadline, f"the answer to {command}")
+                if "event" in answer:
+                    self._events.append(answer)
+                elif answer.get("id") == self._commands or (
+                    "error" in answer and "id" not in answer
+                ):
+                    return _result(command, answer)
+
+    def hmp(self, line: str, *, timeout: float | None = None) -> str:
+        """The output of a command of the human monitor."""
+        output = self.execute("human-monitor-command", {"command-line": line}, timeout=timeout)
+        return output if isinstance(output, str) else ""
+
+    def wait_event(self, *names: str, timeout: float | None = None) -> Object:
+        """The oldest event not yet taken whose name is in *names* (any event without names).
+
+        Older events with other names stay for later calls.
+        """
+        deadline = self._deadline(timeout)
+        with self._lock:
+            for event in self._events:
+                if not names or event["event"] in names:
+                    self._events.remove(event)
+                    return event
+            while True:
+                message = self._next(deadline, f"the event {' or '.join(names) or '(any)'}")
+                if "event" not in message:
+                    continue
+                if not names or message["event"] in names:
+                    return message
+                self._events.append(message)
+
+    def close(self) -> None:
+        """End the session.  Idempotent."""
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _deadline(self, timeout: float | None) -> float:
+        return time.monotonic() + (self._timeout if timeout is None else timeout)
+
+    def _send(self, data: bytes, deadline: float, command: str) -> None:
+        try:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.sendall(data)
+        except TimeoutError as exc:
+            raise TransportError(f"QMP does not take the command {command}") from exc
+        except OSError as exc:
+            raise TransportError(f"the QMP connection broke: {exc.strerror or exc}") from exc
+
+    def _next(self, deadline: float, wanted: str) -> Object:
+        """The next message, whatever it is."""
+        searched = 0
+        while (end := self._received.find(b"\n", searched)) < 0:
+            searched = len(self._received)
+            if searched > MAX_LINE:
+                raise PeerError(
+                    f"expected a QMP line of at most {MAX_LINE} bytes, found a longer one"
+                )
+            self._received += self._receive(deadline, wanted)
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        return _parse(line)
+
+    def _receive(self, deadline: float, wanted: str) -> bytes:
+        try:
+            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            data = self._socket.recv(65536)
+        except TimeoutError as exc:
+            raise TransportError(f"QMP stayed silent: no sign of {wanted} in time") from exc
+        except OSError as exc:
+            raise TransportError(f"the QMP connection broke: {exc.strerror or exc}") from exc
+        if not data:
+            raise TransportError(f"QMP closed the connection; expected {wanted}")
+        return data
+
+
+def _connect(address: str, timeout: float) -> socket.socket:
+    if address.startswith("tcp:"):
+        host, separator, port = address.removeprefix("tcp:").rpartition(":")
+        if not separator or not port.isdecimal():
+            raise UsageError(f"expected tcp:host:port for QMP, found {printable(address)}")
+        return socket.create_connection((host.strip("[]") or "localhost", int(port)), timeout)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout)
+        connection.connect(address.removeprefix("unix:"))
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _parse(line: bytes) -> Object:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as exc:
+        raise PeerError(f"expected a QMP message in JSON, found {printable(line)}") from exc
+    if not isinstance(message, dict):
+        raise PeerError(f"expected a QMP message, found {printable(line)}")
+    return message
+
+
+def _greeting(message: Object) -> Object:
+    greeting = message.get("QMP")
+    if not isinstance(greeting, dict):
+        raise PeerError(f"expected a QMP greeting, found {_shown(message)}")
+    return greeting
+
+
+def _result(command: str, answer: Object) -> Any:
+    if "return" in answer:
+        return answer["return"]
+    error = answer.get("error")
+    if not isinstance(error, dict):
+        raise PeerError(f"expected an answer to {command}, found {_shown(answer)}")
+    raise QmpError(command, str(error.get("class", "")), str(error.get("desc", "no reason given")))
+
+
+def _shown(message: Object) -> str:
+    return printable(json.dumps(message))
