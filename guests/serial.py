@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from typing import Self
+
+# Whole lines only: the first one after a migration may be the second half of one.
+_BEAT = re.compile(r"C ([0-9A-F]{8})")
+_ERROR = re.compile(r"E ([0-9A-F]{8}) ([0-9A-F]{8}) ([0-9A-F]{8})")
 
 
 class GuestError(AssertionError):
@@ -74,9 +79,8 @@ class Serial:
 
     def _take(self, line: str) -> None:
         self.lines.append(line)
-        kind, *numbers = line.split()[:4] or [""]
-        if kind == "C":
-            self.counter = int(numbers[0], 16)
-        elif kind == "E":
-            page, found, expected = (int(number, 16) for number in numbers)
+        if beat := _BEAT.fullmatch(line):
+            self.counter = int(beat[1], 16)
+        elif error := _ERROR.fullmatch(line):
+            page, found, expected = (int(number, 16) for number in error.groups())
             raise GuestError(f"page {page} of the walk holds {found:#x}, not {expected:#x}")

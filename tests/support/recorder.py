@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,8 +60,8 @@ class Recorder:
             thread.join(timeout)
             assert not thread.is_alive(), "a recorded connection is still open"
 
-    def _start(self, work: object, *args: object) -> None:
-        thread = threading.Thread(target=work, args=args, daemon=True)  # type: ignore[arg-type]
+    def _start(self, work: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=work, args=args, daemon=True)
         self._threads.append(thread)
         thread.start()
 
@@ -84,19 +86,15 @@ class Recorder:
 
 def _pump(source: socket.socket, target: socket.socket | None, record: bytearray) -> None:
     """Pass on what *source* says until it says no more, and record it."""
-    try:
+    with contextlib.suppress(OSError):  # shut down, or the other side is gone
         while data := source.recv(_PART):
             record += data
             if target is not None:
                 target.sendall(data)
-    except OSError:  # shut down, or the other side is gone
-        pass
     if target is not None:
         _shut(target, socket.SHUT_WR)
 
 
 def _shut(end: socket.socket, how: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # not connected any more
         end.shutdown(how)
-    except OSError:  # not connected any more
-        pass

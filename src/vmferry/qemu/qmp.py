@@ -16,7 +16,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -86,7 +87,7 @@ class Qmp:
         is still good: a late answer is dropped.
         """
         deadline = self._deadline(timeout)
-        with self._lock:
+        with self._turn(deadline, command):
             self._commands += 1
             request: Object = {"execute": command, "id": self._commands}
             if arguments:
@@ -112,13 +113,14 @@ class Qmp:
         Older events with other names stay for later calls.
         """
         deadline = self._deadline(timeout)
-        with self._lock:
+        wanted = f"the event {' or '.join(names) or '(any)'}"
+        with self._turn(deadline, wanted):
             for event in self._events:
                 if not names or event["event"] in names:
                     self._events.remove(event)
                     return event
             while True:
-                message = self._next(deadline, f"the event {' or '.join(names) or '(any)'}")
+                message = self._next(deadline, wanted)
                 if "event" not in message:
                     continue
                 if not names or message["event"] in names:
@@ -143,11 +145,21 @@ class Qmp:
     def _deadline(self, timeout: float | None) -> float:
         return time.monotonic() + (self._timeout if timeout is None else timeout)
 
+    @contextmanager
+    def _turn(self, deadline: float, wanted: str) -> Iterator[None]:
+        if not self._lock.acquire(timeout=max(deadline - time.monotonic(), 0)):
+            raise TransportError(f"QMP is busy with another thread: no turn for {wanted} in time")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _send(self, data: bytes, deadline: float, command: str) -> None:
         try:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
             self._socket.sendall(data)
         except TimeoutError as exc:
+            self.close()  # half a command may be out
             raise TransportError(f"QMP does not take the command {command}") from exc
         except OSError as exc:
             raise TransportError(f"the QMP connection broke: {exc.strerror or exc}") from exc
