@@ -345,15 +345,22 @@ cdef int read_page(int fd, uint8_t *page, uint32_t page_size, long offset) noexc
 
 cdef int clear_page(int fd, uint32_t page_size, uint64_t offset) noexcept nogil:
     cdef uint8_t zeros[MAX_PAGE]
+    cdef uint32_t done = 0
     cdef iovec part
+    cdef int error
     if punch(fd, offset, page_size) == 0:
         return 0
     if errno != EOPNOTSUPP:
         return errno
-    memset(zeros, 0, page_size)
-    part.iov_base = zeros
-    part.iov_len = page_size
-    return write_all(fd, &part, 1, offset)
+    memset(zeros, 0, MAX_PAGE)
+    while done < page_size:
+        part.iov_base = zeros
+        part.iov_len = page_size - done if page_size - done < MAX_PAGE else MAX_PAGE
+        done += part.iov_len
+        error = write_all(fd, &part, 1, offset + done - part.iov_len)
+        if error:
+            return error
+    return 0
 
 
 def store_records(
@@ -372,8 +379,8 @@ def store_records(
     cdef uint8_t page[MAX_PAGE]
     cdef iovec run[MAX_RUN]
     cdef const uint8_t *source
-    if page_size < 32 or page_size > MAX_PAGE:
-        raise ValueError("store_records: page size out of range")
+    if page_size < 32 or page_size % 32:
+        raise ValueError("store_records: page size not a multiple of 32")
     with nogil:
         parts = 0
         run_start = first
@@ -417,7 +424,7 @@ def store_records(
                     error = clear_page(fd, page_size, offset)
                     if error:
                         break
-            elif flags == XBZRLE:
+            elif flags == XBZRLE and page_size <= MAX_PAGE:
                 error = read_page(fd, page, page_size, offset)
                 if error:
                     break

@@ -69,23 +69,25 @@ class RamPages:
     """A batch of page records of one block, in stream order; no object stands for a page.
 
     ``rows`` has a row of :data:`vmferry.pages.ROW` for each record, which points into ``data``.
-    ``data`` lends the reader's buffer: right until more is read into it.
+    ``data`` lends the reader's buffer: right until more is read into it; its first byte is byte
+    ``start`` of the channel.
     """
 
     block: RamBlock
     rows: Rows
     data: memoryview
     page_size: int
+    start: int = 0
 
     @property
     def kinds(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """PAGE, ZERO, XBZRLE or COMPRESS for each record."""
-        return self.rows["word"] & np.uint64(KINDS & (self.page_size - 1))  # type: ignore[no-any-return]
+        return self.rows["word"] & np.uint64(KINDS & (self.page_size - 1))
 
     @property
     def offsets(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
         """The offset in the block of each page, in bytes."""
-        return self.rows["word"] & ~np.uint64(self.page_size - 1)  # type: ignore[no-any-return]
+        return self.rows["word"] & ~np.uint64(self.page_size - 1)
 
     def encode(self) -> bytes:
         """The records as on the wire."""
@@ -235,8 +237,9 @@ class RamReader:
         if count == 0:
             yield from self._await_record(at, word)
             return
+        start = buffer.offset
         buffer.advance(stop)
-        yield RamPages(self._current, self._rows[:count].copy(), view, self.page_size)
+        yield RamPages(self._current, self._rows[:count].copy(), view, self.page_size, start)
 
     def _switch_block(self, at: Cursor, word: int) -> Parse[None]:
         yield from at.need(9, "the name of a RAM block")

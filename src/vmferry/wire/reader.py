@@ -28,7 +28,7 @@ from .commands import (
 )
 from .configuration import Configuration, parse_configuration
 from .description import VmDescription
-from .devices import TailFinder, find_early_section
+from .devices import EarlyFinder, TailFinder
 from .disk import DiskReader
 from .layout import BITMAP_SECTION, DISK_SECTION, IGNORE_SHARED, MAPPED_RAM, RAM_SECTION, Kind
 from .machine import target_page_size
@@ -113,6 +113,7 @@ class StreamReader:
         self._advised: PostcopyAdvise | None = None
         self._ram: RamReader | None = None
         self._sections: dict[int, _Iterable] = {}
+        self._early_devices = 0
         self._error: StreamError | None = None
         self._steps = self._stream()
 
@@ -307,18 +308,19 @@ class StreamReader:
         return bool(running) and not any(section.parts for section in running)
 
     def _early_section(self) -> Parse[None]:
-        finder = find_early_section(self.buffer.offset, set(self._sections))
+        finder = EarlyFinder(self.buffer.offset, self._sections.keys())
         section = None
         while section is None:
             section = finder.search(self.buffer.view(), ended=self.buffer.ended)
             if section is None:
                 yield None
         self.buffer.advance(section.size)
+        self._early_devices += 1
         yield section
 
     def _devices(self) -> Parse[None]:
         self._check_complete()
-        finder = TailFinder(footers=bool(self.footers), offset=self.buffer.offset)
+        finder = self._tail_finder()
         found = None
         while found is None:
             found = finder.search(self.buffer.view(), ended=self.buffer.ended)
@@ -331,6 +333,11 @@ class StreamReader:
         if found.description is not None:
             yield from self._describe(found.description, found.description_size)
         self.finished = True
+
+    def _tail_finder(self) -> TailFinder:
+        return TailFinder(
+            footers=bool(self.footers), offset=self.buffer.offset, early=self._early_devices
+        )
 
     def _describe(self, description: VmDescription, size: int) -> Parse[None]:
         if description.page_size != self.page_size:
@@ -354,7 +361,7 @@ class StreamReader:
 
     def _description_alone(self) -> Parse[None]:
         """What may stand behind the end where no device was sent."""
-        finder = TailFinder(footers=bool(self.footers), offset=self.buffer.offset)
+        finder = self._tail_finder()
         found = None
         while found is None:
             found = finder.search_description(self.buffer.view(), ended=self.buffer.ended)

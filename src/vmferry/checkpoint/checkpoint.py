@@ -1,0 +1,258 @@
+"""A checkpoint directory, opened: its parts, checked when they are used.
+
+Opening reads the manifest and looks at the sizes of the files, whatever the size of the machine;
+:meth:`Checkpoint.verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from uuid import UUID
+
+import numpy as np
+
+from ..errors import CheckpointDamaged, StorageError, StreamError
+from ..wire.bitmap import BitmapReader, BitmapRecord
+from ..wire.buffer import Cursor, ReceiveBuffer
+from ..wire.configuration import Configuration
+from ..wire.description import VmDescription, parse_description
+from ..wire.devices import DeviceSection, split_by_footers, split_devices
+from ..wire.layout import DISK_CHUNK_SIZE
+from ..wire.ram import RamBlock
+from . import manifest as m
+from .pages import Sums, check_pages, storage_error
+
+
+class StoredPages:
+    """The pages of a RAM block or disk in a checkpoint; a ``PageStore`` of a source."""
+
+    def __init__(self, path: Path, size: int, page_size: int, sums: Callable[[], Sums]) -> None:
+        self.path = path
+        self.size = size
+        self.page_size = page_size
+        self._load_sums = sums
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise storage_error(path, "opened", error) from None
+
+    @cached_property
+    def sums(self) -> Sums:
+        """A number for each page, 0 for a zero page."""
+        return self._load_sums()
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        """Fill *buffer* with the bytes from *offset*; may be called by several threads."""
+        while buffer:
+            try:
+                count = os.preadv(self._fd, [buffer], offset)
+            except OSError as error:
+                raise storage_error(self.path, "read", error) from None
+            if count == 0:
+                raise CheckpointDamaged(f"{self.path}: shorter than {self.size} bytes")
+            buffer, offset = buffer[count:], offset + count
+
+    def verify(self) -> None:
+        """Hold every page against its sum."""
+        check_pages(self.path, self.sums, self.page_size)
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._fd)
+
+
+class Checkpoint:
+    """A saved machine: a directory written by ``vmferry receive``.
+
+    A context manager; the files of guest memory stay open until it is left.  Raises
+    :class:`StorageError` where the directory is missing, incomplete or does not fit its manifest.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = False) -> None:
+        self.path = Path(path)
+        self.manifest = m.read_manifest(self.path)
+        self._open = ExitStack()
+        self._check_sizes()
+        if verify:
+            self.verify()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the files back."""
+        self._open.close()
+
+    # The machine
+
+    @property
+    def configuration(self) -> Configuration | None:
+        """The machine type and what goes with it."""
+        manifest = self.manifest
+        if manifest.machine is None:
+            return None
+        uuid = UUID(manifest.uuid) if manifest.uuid else None
+        return Configuration(
+            manifest.machine, manifest.page_bits, manifest.stream_capabilities, uuid
+        )
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a target page."""
+        return self.manifest.page_size
+
+    @property
+    def footers(self) -> bool:
+        """Whether sections end with a footer."""
+        return self.manifest.footers
+
+    # Guest memory and disks
+
+    @cached_property
+    def blocks(self) -> tuple[RamBlock, ...]:
+        """Guest memory, in the order of the block list."""
+        return tuple(
+            RamBlock(entry.name, entry.size, entry.page_size, entry.address)
+            for entry in self.manifest.ram
+        )
+
+    @cached_property
+    def _memory(self) -> dict[str, StoredPages]:
+        return {e.name: self._stored(e, self.page_size) for e in self.manifest.ram if not e.ignored}
+
+    def memory(self, block: RamBlock | str) -> StoredPages | None:
+        """The content of a block; ``None`` where the source shared it and sent none."""
+        return self._memory.get(block if isinstance(block, str) else block.name)
+
+    @cached_property
+    def disks(self) -> Sequence[tuple[str, StoredPages]]:
+        """Disks that the stream carried, in pages of 1 MiB."""
+        return [(e.name, self._stored(e, DISK_CHUNK_SIZE)) for e in self.manifest.disks]
+
+    def _stored(self, entry: m.RamEntry | m.DiskEntry, page_size: int) -> StoredPages:
+        def sums() -> Sums:
+            return np.frombuffer(self._read(entry.sums), "<u8")
+
+        pages = StoredPages(self.path / entry.file, entry.size, page_size, sums)
+        self._open.callback(pages.close)
+        return pages
+
+    @cached_property
+    def bitmaps(self) -> tuple[BitmapRecord, ...]:
+        """Dirty bitmaps, as the records of their section."""
+        if self.manifest.bitmaps is None:
+            return ()
+        data = self._read(self.manifest.bitmaps)
+        return tuple(_parse_bitmaps(self.path / m.BITMAPS, data))
+
+    # Devices
+
+    @cached_property
+    def _device_bytes(self) -> bytes:
+        return self._read(self.manifest.devices)
+
+    def _slices(self, *, early: bool) -> list[bytes]:
+        return [
+            self._device_bytes[entry.offset : entry.offset + entry.size]
+            for entry in self.manifest.sections
+            if entry.early == early
+        ]
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Section numbers in use by the devices."""
+        return frozenset(entry.number for entry in self.manifest.sections)
+
+    @property
+    def early(self) -> list[bytes]:
+        """Device sections that stand before guest memory, whole."""
+        return self._slices(early=True)
+
+    @property
+    def devices(self) -> list[bytes]:
+        """The other device sections, whole."""
+        return self._slices(early=False)
+
+    @cached_property
+    def description(self) -> bytes | None:
+        """The stream's closing description of its devices."""
+        entry = self.manifest.description
+        return None if entry is None else self._read(entry)
+
+    # Checks
+
+    def verify(self) -> None:
+        """Read everything and hold it against its checksums."""
+        _ = self._device_bytes, self.description, self.bitmaps
+        for pages in self._memory.values():
+            pages.verify()
+        for _, disk in self.disks:
+            disk.verify()
+
+    def _read(self, entry: m.FileEntry) -> bytes:
+        """A small file, which must match its checksum."""
+        path = self.path / entry.file
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise storage_error(path, "read", error) from None
+        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise CheckpointDamaged(f"{path}: its content does not match its checksum")
+        return data
+
+    def _check_sizes(self) -> None:
+        manifest = self.manifest
+        files = [manifest.devices, manifest.description, manifest.bitmaps]
+        expected = [(entry.file, entry.size) for entry in files if entry is not None]
+        for pages, page_size in [(e, self.page_size) for e in manifest.ram] + [
+            (e, DISK_CHUNK_SIZE) for e in manifest.disks
+        ]:
+            if pages.size % page_size or pages.sums.size != pages.size // page_size * 8:
+                raise CheckpointDamaged(f"{self.path}: {pages.file}: sizes that do not fit")
+            expected += [(pages.file, pages.size), (pages.sums.file, pages.sums.size)]
+        for name, size in expected:
+            try:
+                found = (self.path / name).stat().st_size
+            except OSError as error:
+                raise storage_error(self.path / name, "found", error) from None
+            if found != size:
+                raise CheckpointDamaged(
+                    f"{self.path / name}: expected {size} bytes, found {found}"
+                )
+        end = 0
+        for section in manifest.sections:
+            if section.offset != end:
+                raise CheckpointDamaged(f"{self.path}: section {section.name}: out of place")
+            end += section.size
+        if end != manifest.devices.size:
+            raise CheckpointDamaged(f"{self.path}: {m.DEVICES} does not end with its last section")
+
+
+def _parse_bitmaps(path: Path, data: bytes) -> list[BitmapRecord]:
+    buffer = ReceiveBuffer(len(data) + 1)
+    buffer.room()[: len(data)] = data
+    buffer.received(len(data))
+    buffer.received(0)
+    reader = BitmapReader()
+    records = []
+    try:
+        while buffer:
+            records += [r for r in reader.body(Cursor(buffer)) if isinstance(r, BitmapRecord)]
+    except StreamError as error:
+        raise CheckpointDamaged(f"{path}: {error}") from None
+    return records

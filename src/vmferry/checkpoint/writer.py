@@ -1,0 +1,251 @@
+"""Writing a checkpoint directory while a machine is received.
+
+Until :meth:`CheckpointWriter.commit` has renamed the manifest into place the directory opens as
+incomplete; a crash at any moment leaves it so, and a failure removes it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+
+from .. import __version__
+from ..errors import LimitExceeded, StorageError, StreamError
+from ..pages import PAGE, ZERO, rows_of
+from ..wire.bitmap import BitmapRecord, BitmapsEnd, BitmapStart
+from ..wire.configuration import Configuration
+from ..wire.description import VmDescription
+from ..wire.devices import DeviceSection
+from ..wire.disk import DiskChunk
+from ..wire.layout import DISK_CHUNK_SIZE, IGNORE_SHARED
+from ..wire.ram import RamBlock, RamBlocks, RamPages
+from . import manifest as m
+from .pages import PageFile, storage_error, write_file
+
+MAX_DISK: Final = 64 << 40
+"""Bytes of one disk: larger than any image, small enough to keep a sum for each MiB."""
+
+
+class CheckpointWriter:
+    """Fills the new directory *path*; a context manager, which removes it where it was not committed.
+
+    It is a :class:`vmferry.migration.sink.Sink`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._configuration: Configuration | None = None
+        self._page_size = 0
+        self._ram: dict[str, tuple[RamBlock, PageFile]] = {}
+        self._touched: set[str] = set()
+        self._disks: dict[str, PageFile] = {}
+        self._sections: list[m.SectionEntry] = []
+        self._devices = bytearray()
+        self._description: bytes | None = None
+        self._bitmaps: list[BitmapRecord] = []
+        self._existed = False
+        self._committed = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._existed = self.path.exists()
+            if self._existed and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise StorageError(f"{self.path}: exists already; choose a new directory")
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            (self.path / m.PARTIAL).touch(mode=0o600)
+        except OSError as error:
+            raise storage_error(self.path, "created", error) from None
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        for file in self._files():
+            file.close()
+        if self._committed:
+            return
+        # What cannot be removed keeps its partial manifest, so it opens as incomplete.
+        for name in ("ram", "disks"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        with suppress(OSError):
+            for name in (m.DEVICES, m.DESCRIPTION, m.BITMAPS, m.PARTIAL):
+                (self.path / name).unlink(missing_ok=True)
+            if not self._existed:
+                self.path.rmdir()
+
+    def _files(self) -> list[PageFile]:
+        return [file for _, file in self._ram.values()] + list(self._disks.values())
+
+    # What a sink takes
+
+    def configuration(self, configuration: Configuration | None, page_size: int) -> None:
+        """The machine, and the size of its pages in bytes."""
+        self._configuration = configuration
+        self._page_size = page_size
+
+    def ram_blocks(self, blocks: RamBlocks) -> None:
+        """Create a file for each block."""
+        self._make(self.path / "ram")
+        for block in blocks.blocks:
+            path = self.path / "ram" / f"{_file_name(len(self._ram), block.name)}.raw"
+            self._ram[block.name] = block, PageFile(path, block.length, self._page_size)
+
+    def pages(self, batch: RamPages) -> None:
+        """Store pages; may be called by several threads at once."""
+        _, file = self._ram[batch.block.name]
+        self._touched.add(batch.block.name)
+        try:
+            file.store(batch.rows, batch.data)
+        except StreamError as error:
+            error.place = replace(error.place, offset=batch.start + (error.place.offset or 0))
+            raise error.within(section="ram", block=batch.block.name) from None
+
+    def disk_chunk(self, chunk: DiskChunk) -> None:
+        """Store 1 MiB of a disk; zeros become a hole."""
+        if chunk.offset > MAX_DISK - DISK_CHUNK_SIZE:
+            raise LimitExceeded(
+                f"a disk of at most {MAX_DISK} bytes",
+                f"a chunk at {chunk.offset:#x}",
+                section="block",
+                block=chunk.disk,
+            )
+        file = self._disks.get(chunk.disk)
+        if file is None:
+            self._make(self.path / "disks")
+            path = self.path / "disks" / f"{_file_name(len(self._disks), chunk.disk)}.raw"
+            file = self._disks[chunk.disk] = PageFile(path, 0, DISK_CHUNK_SIZE)
+        file.grow(chunk.offset + DISK_CHUNK_SIZE)
+        kind, length = (ZERO, 1) if chunk.data is None else (PAGE, DISK_CHUNK_SIZE)
+        rows = rows_of(
+            np.array([chunk.offset | kind], np.uint64), np.zeros(1, np.uint64), length
+        )
+        file.store(rows, memoryview(chunk.data or b""))
+
+    def bitmap(self, record: BitmapRecord) -> None:
+        """Keep a piece of a dirty bitmap."""
+        self._bitmaps.append(record)
+
+    def device(self, section: DeviceSection, *, early: bool) -> None:
+        """Keep a device's section as it came."""
+        data = section.encode()
+        self._sections.append(
+            m.SectionEntry(
+                section.name,
+                section.instance,
+                section.version,
+                section.number,
+                len(self._devices),
+                len(data),
+                early,
+            )
+        )
+        self._devices += data
+
+    def description(self, description: VmDescription) -> None:
+        """Keep the closing description as it came."""
+        self._description = description.text
+
+    def commit(self, features: frozenset[str], *, footers: bool) -> None:
+        """Make everything durable and rename the manifest into place."""
+        configuration = self._configuration or Configuration("")
+        described = self._description
+        manifest = m.Manifest(
+            machine=configuration.machine or None,
+            page_size=self._page_size,
+            footers=footers,
+            ram=tuple(self._ram_entry(*entry) for entry in self._ram.values()),
+            sections=tuple(self._sections),
+            devices=write_file(self.path / m.DEVICES, bytes(self._devices)),
+            description=write_file(self.path / m.DESCRIPTION, described) if described else None,
+            disks=tuple(self._disk_entry(name, file) for name, file in self._disks.items()),
+            bitmaps=self._write_bitmaps(),
+            page_bits=configuration.page_bits,
+            uuid=str(configuration.uuid) if configuration.uuid else None,
+            capabilities=tuple(sorted(features)),
+            stream_capabilities=configuration.capabilities,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            writer=f"vmferry {__version__}",
+        )
+        try:
+            _publish(self.path, manifest.to_json())
+        except OSError as error:
+            raise storage_error(self.path, "completed", error) from None
+        self._committed = True
+
+    def _make(self, directory: Path) -> None:
+        try:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise storage_error(directory, "created", error) from None
+
+    def _ram_entry(self, block: RamBlock, file: PageFile) -> m.RamEntry:
+        capabilities = self._configuration.capabilities if self._configuration else ()
+        sums, relative = self._seal(file)
+        return m.RamEntry(
+            name=block.name,
+            size=block.length,
+            file=relative,
+            sums=sums,
+            data_pages=file.data_pages,
+            zero_pages=len(file.sums) - file.data_pages,
+            page_size=block.page_size,
+            address=block.address,
+            ignored=IGNORE_SHARED in capabilities and block.name not in self._touched,
+        )
+
+    def _disk_entry(self, name: str, file: PageFile) -> m.DiskEntry:
+        sums, relative = self._seal(file)
+        return m.DiskEntry(name, file.size, relative, sums)
+
+    def _seal(self, file: PageFile) -> tuple[m.FileEntry, str]:
+        sums = file.seal(file.path.with_suffix(".sums"))
+        folder = file.path.parent.name
+        return replace(sums, file=f"{folder}/{sums.file}"), f"{folder}/{file.path.name}"
+
+    def _write_bitmaps(self) -> m.FileEntry | None:
+        if not self._bitmaps:
+            return None
+        starts = [record for record in self._bitmaps if isinstance(record, BitmapStart)]
+        others = [record for record in self._bitmaps if not isinstance(record, BitmapStart)]
+        records = [*starts, BitmapsEnd(), *others, BitmapsEnd()]
+        return write_file(self.path / m.BITMAPS, b"".join(r.encode() for r in records))
+
+
+def _file_name(index: int, name: str) -> str:
+    """A name for the file of *name*, which may hold anything; the index keeps it apart."""
+    return f"{index:02}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.')[:48]}"
+
+
+def _publish(directory: Path, text: str) -> None:
+    """Write the manifest aside, make every name in the directory durable, rename it into place."""
+    partial = directory / m.PARTIAL
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    for path in (directory / "ram", directory / "disks", directory):
+        if path.is_dir():
+            _sync_directory(path)
+    partial.rename(directory / m.NAME)
+    _sync_directory(directory)
+    _sync_directory(directory.absolute().parent)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

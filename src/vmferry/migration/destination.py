@@ -1,0 +1,235 @@
+"""The destination of a precopy migration: reads every channel, fills a sink, answers the source.
+
+QEMU 7.2 ``migration/migration.c`` (``process_incoming_migration_co``).  The source learns that the
+migration succeeded only after the sink has committed; until then the machine is the source's.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+
+from ..errors import PeerError, TransportError, VmferryError
+from ..pages import COMPRESS, XBZRLE, ZERO
+from ..transports import Channel, Listener
+from ..wire.bitmap import BitmapRecord
+from ..wire.commands import (
+    Command,
+    EnableColo,
+    OpenReturnPath,
+    Package,
+    Ping,
+    PostcopyAdvise,
+    PostcopyResume,
+    RamDiscard,
+    ReceivedBitmap,
+)
+from ..wire.configuration import Configuration
+from ..wire.description import VmDescription
+from ..wire.devices import DeviceSection
+from ..wire.disk import DiskChunk
+from ..wire.machine import machine_version
+from ..wire.multifd import Method
+from ..wire.ram import RamBlocks, RamEnd, RamFlush, RamPages
+from ..wire.reader import StreamReader, Tolerate
+from ..wire.return_path import Message, Pong, Shut, SwitchoverAck
+from ..wire.sections import SectionEnd, SectionPart
+from .connections import Connections, Deadlines
+from .progress import Meter
+from .sink import Sink
+
+_POSTCOPY = (Package, RamDiscard, PostcopyResume, ReceivedBitmap)
+
+
+class Destination:
+    """Receives one machine from *listener* into *sink*.
+
+    *max_ram* bounds guest memory in bytes (default: this machine's memory), *page_size* is the
+    target page where the stream does not tell, *tolerate* names what is accepted though a source
+    that means well never sends it.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        sink: Sink,
+        *,
+        meter: Meter | None = None,
+        deadlines: Deadlines | None = None,
+        max_ram: int | None = None,
+        page_size: int | None = None,
+        tolerate: Tolerate = Tolerate.NOTHING,
+    ) -> None:
+        self._sink = sink
+        self._meter = meter or Meter()
+        self._deadlines = deadlines or Deadlines()
+        self._reader = StreamReader(max_ram=max_ram, page_size=page_size, tolerate=tolerate)
+        self._connections = Connections(listener, self._deadlines, self._store, self._refuse)
+        self._main: Channel | None = None
+        self._answering = threading.Lock()
+        self._answered = False
+        self._features: set[str] = set()
+        self._flushes = False
+        self._described_machine = False
+        self._iterating = False
+        self._block_order: dict[str, int] = {}
+        self._last_page = (-1, 0)
+
+    def run(self) -> None:
+        """Receive everything, commit it, and tell the source."""
+        try:
+            self._receive()
+            self._meter.phase("storing")
+            self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
+            self._answer(Shut(0))
+            self._meter.phase("completed")
+        except BaseException as error:
+            self._meter.phase("failed")
+            cause = self._connections.failure or error
+            self._refuse()
+            if cause is not error and isinstance(error, TransportError):
+                raise cause from None
+            raise
+        finally:
+            self._connections.close()
+
+    def _receive(self) -> None:
+        reader = self._reader
+        self._main, head = self._connections.accept_main()
+        self._main.name = reader.channel
+        self._meter.start()
+        reader.buffer.room()[: len(head)] = head
+        reader.buffer.received(len(head))
+        while True:
+            for event in reader.events():
+                self._handle(event)
+            if reader.finished:
+                return
+            count = self._main.recv_into(reader.buffer.room(), self._deadlines.idle)
+            reader.buffer.received(count)
+            self._meter.count(transferred=count)
+            self._meter.tick()
+
+    def _handle(self, event: Any) -> None:
+        match event:
+            case RamPages():
+                self._note_round(event)
+                self._store(event)
+            case Configuration() | Command() | RamBlocks():
+                self._prepare(event)
+            case SectionPart() | SectionEnd():
+                self._iterating = True
+            case RamFlush():
+                self._flushes = True
+                self._synchronise()
+            case RamEnd() if not self._flushes:
+                self._synchronise()
+            case DiskChunk():
+                self._features.add("block")
+                self._sink.disk_chunk(event)
+            case BitmapRecord():
+                self._features.add("dirty-bitmaps")
+                self._sink.bitmap(event)
+            case DeviceSection():
+                self._sink.device(event, early=not self._iterating)
+            case VmDescription():
+                self._sink.description(event)
+
+    def _prepare(self, event: Configuration | Command | RamBlocks) -> None:
+        """What stands before the machine's memory and state."""
+        match event:
+            case Configuration():
+                self._described_machine = True
+                self._features.update(event.capabilities)
+                if event.uuid is not None:
+                    self._features.add("validate-uuid")
+                self._sink.configuration(event, self._reader.page_size)
+            case Command():
+                self._command(event)
+            case RamBlocks():
+                if not self._described_machine:
+                    self._sink.configuration(None, self._reader.page_size)
+                self._sink.ram_blocks(event)
+                blocks = {block.name: block for block in event.blocks}
+                self._block_order = {name: order for order, name in enumerate(blocks)}
+                self._connections.announce_ram(blocks, self._reader.page_size)
+                self._meter.phase("active", ram_total=event.total)
+
+    def _store(self, batch: RamPages) -> None:
+        """Hand pages on; called by the thread of every channel."""
+        self._sink.pages(batch)
+        kinds = batch.kinds
+        zero = int(np.count_nonzero(kinds == ZERO))
+        for flag, feature in ((XBZRLE, "xbzrle"), (COMPRESS, "compress")):
+            if feature not in self._features and (kinds == flag).any():
+                self._features.add(feature)
+        self._meter.count(normal=len(kinds) - zero, zero=zero)
+
+    def _note_round(self, batch: RamPages) -> None:
+        # Nothing in the stream marks a new pass: it shows where pages start again from the front.
+        words = batch.rows["word"]
+        order = self._block_order[batch.block.name]
+        if (order, int(words[0])) < self._last_page or self._last_page[0] < 0:
+            self._meter.next_round()
+        self._last_page = (order, int(words[-1]))
+
+    def _synchronise(self) -> None:
+        self._connections.synchronise(preempt="postcopy-ram" in self._features)
+
+    # Commands, and answers
+
+    def _command(self, command: Command) -> None:
+        match command:
+            case OpenReturnPath():
+                self._open_return_path()
+            case Ping():
+                if not self._reader.return_path:
+                    raise PeerError("the source sent a ping but has opened no return path")
+                self._answer(Pong(command.value))
+            case PostcopyAdvise():
+                self._features.add("postcopy-ram")
+            case EnableColo():
+                raise PeerError("the source wants COLO fault tolerance: turn x-colo off")
+            case _ if isinstance(command, _POSTCOPY):
+                raise PeerError(
+                    "the source has switched to postcopy, which cannot be received into a"
+                    " checkpoint: let it finish in precopy (no migrate-start-postcopy)"
+                )
+
+    def _open_return_path(self) -> None:
+        if self._main is None or not self._main.duplex:
+            raise PeerError(
+                "the source wants a return path, which this transport cannot carry:"
+                " use tcp: or unix:, or turn return-path off"
+            )
+        self._features.add("return-path")
+        configuration = self._reader.configuration
+        version = machine_version(configuration.machine) if configuration else None
+        # A source with switchover-ack waits for this; sources before 8.1 refuse to hear it.
+        if version is not None and version >= (8, 1):
+            self._answer(SwitchoverAck())
+
+    def _answer(self, message: Message) -> None:
+        with self._answering:
+            if self._main is None or not self._reader.return_path or self._answered:
+                return
+            # The source hears one verdict and nothing behind it.
+            self._answered = isinstance(message, Shut)
+            self._main.send([message.encode()])
+
+    def _refuse(self) -> None:
+        """Tell the source that it keeps its machine, as far as it still listens."""
+        try:
+            self._answer(Shut(1))
+        except VmferryError:
+            pass  # the connection may be what broke
+
+    def _all_features(self) -> frozenset[str]:
+        methods = self._connections.methods
+        features = set(self._features)
+        if methods:
+            features.add("multifd")
+        features.update(f"multifd-compression={m.name.lower()}" for m in methods - {Method.NONE})
+        return frozenset(features)

@@ -1,0 +1,145 @@
+"""The sending end of multifd: pages with content go through channels of their own.
+
+QEMU 7.2 ``migration/multifd.c``.  Zero pages stay on the main channel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from uuid import UUID
+
+import numpy as np
+import numpy.typing as npt
+
+from ..pages.compression import Compressor, Deflate, Plain, ZstdPack
+from ..transports import Channel
+from ..wire.multifd import PACKET_BYTES, Hello, Method, encode_header, pages_per_packet
+from ..wire.ram import RamBlock
+from .outgoing import PageStore
+from .progress import Meter
+
+_COMPRESSORS: Final[Mapping[Method, Callable[[], Compressor]]] = {
+    Method.NONE: Plain,
+    Method.ZLIB: Deflate,
+    Method.ZSTD: ZstdPack,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Pages of a block, by number, ascending within one packet's span."""
+
+    block: RamBlock
+    store: PageStore
+    pages: npt.NDArray[np.uint64]
+
+
+class PageSender:
+    """Sends pages over *channels*, each served by a thread.
+
+    Whatever goes wrong on a channel is raised by the next call.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[Channel],
+        *,
+        page_size: int,
+        method: Method,
+        uuid: UUID,
+        meter: Meter,
+    ) -> None:
+        self._channels = channels
+        self._page_size = page_size
+        self._method = method
+        self._meter = meter
+        self._numbers = itertools.count(1)
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(2 * len(channels))
+        self._failure: BaseException | None = None
+        for number, channel in enumerate(channels):
+            channel.name = f"multifd {number}"
+            channel.send([Hello(uuid, number).encode()])
+        self._threads = [
+            threading.Thread(target=self._run, args=(channel,), name=channel.name, daemon=True)
+            for channel in channels
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def send_block(self, block: RamBlock, store: PageStore) -> None:
+        """Queue all pages of the block that have content."""
+        step = pages_per_packet(self._page_size)
+        for first in range(0, len(store.sums), step):
+            pages = np.flatnonzero(store.sums[first : first + step]) + first
+            if len(pages):
+                self._check()
+                self._jobs.put(_Job(block, store, pages.astype(np.uint64)))
+
+    def synchronise(self) -> None:
+        """Send what is queued, then a synchronisation on every channel."""
+        self._jobs.join()
+        self._check()
+        for channel in self._channels:
+            header = self._header(None, np.zeros(0, np.uint64), 0, sync=True)
+            channel.send([header])
+            self._meter.count(transferred=len(header))
+
+    def close(self) -> None:
+        """End the threads; the channels belong to the caller."""
+        for _ in self._threads:
+            self._jobs.put(None)  # never blocks for long: after a failure the queue runs empty
+        for thread in self._threads:
+            thread.join()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, channel: Channel) -> None:
+        compressor = _COMPRESSORS[self._method]()
+        buffer = memoryview(bytearray(PACKET_BYTES))
+        while (job := self._jobs.get()) is not None:
+            try:
+                # After a failure the queue is emptied for nothing, so that nobody waits on it.
+                if self._failure is None:
+                    self._send(channel, job, compressor, buffer)
+            except Exception as error:  # noqa: BLE001 - raised by the next call of the owner
+                self._failure = error
+            finally:
+                self._jobs.task_done()
+        self._jobs.task_done()
+
+    def _send(
+        self, channel: Channel, job: _Job, compressor: Compressor, buffer: memoryview
+    ) -> None:
+        size = self._page_size
+        first, last = int(job.pages[0]), int(job.pages[-1])
+        span = buffer[: (last - first + 1) * size]
+        job.store.read(first * size, span)
+        if len(job.pages) * size != len(span):
+            chosen = np.frombuffer(span, np.uint8).reshape(-1, size)[job.pages - np.uint64(first)]
+            span = memoryview(chosen).cast("B")
+        payload = span if self._method == Method.NONE else compressor.pack(span)
+        offsets = job.pages * np.uint64(size)
+        header = self._header(job.block, offsets, len(payload))
+        channel.send([header, payload])
+        self._meter.count(transferred=len(header) + len(payload), normal=len(job.pages))
+
+    def _header(
+        self, block: RamBlock | None, offsets: npt.NDArray[np.uint64], size: int, *, sync: bool = False
+    ) -> bytes:
+        return encode_header(
+            block,
+            offsets,
+            payload_size=size,
+            number=next(self._numbers),
+            page_size=self._page_size,
+            method=self._method,
+            sync=sync,
+        )
+

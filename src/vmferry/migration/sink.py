@@ -1,0 +1,49 @@
+"""Where a received machine goes: into a checkpoint, later into a machine that runs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..wire.bitmap import BitmapRecord
+from ..wire.configuration import Configuration
+from ..wire.description import VmDescription
+from ..wire.devices import DeviceSection
+from ..wire.disk import DiskChunk
+from ..wire.ram import RamBlocks, RamPages
+
+
+class Sink(Protocol):
+    """Takes what a destination receives, in the order of the stream.
+
+    Views in what it is given are lent for the call alone.  :meth:`pages` is called from several
+    threads at once, never for the same page at the same time.  Nothing counts before
+    :meth:`commit` has returned.
+    """
+
+    def configuration(self, configuration: Configuration | None, page_size: int) -> None:
+        """The machine, and the size of its pages in bytes; before anything else."""
+
+    def ram_blocks(self, blocks: RamBlocks) -> None:
+        """The machine's memory, all zeros until pages come."""
+
+    def pages(self, batch: RamPages) -> None:
+        """Pages of one block; those that came before are overwritten."""
+
+    def disk_chunk(self, chunk: DiskChunk) -> None:
+        """1 MiB of a disk."""
+
+    def bitmap(self, record: BitmapRecord) -> None:
+        """A piece of a dirty bitmap."""
+
+    def device(self, section: DeviceSection, *, early: bool) -> None:
+        """The state of a device; *early* where it stood before guest memory."""
+
+    def description(self, description: VmDescription) -> None:
+        """What the stream says of its own devices."""
+
+    def commit(self, features: frozenset[str], *, footers: bool) -> None:
+        """Everything is there: make it durable.
+
+        *features* are the source's capabilities as far as the stream showed them, under QEMU's
+        names; *footers* whether sections end with one.
+        """

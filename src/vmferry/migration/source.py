@@ -1,0 +1,249 @@
+"""The source of a precopy migration of a machine at rest.
+
+QEMU 7.2 ``migration/migration.c`` and ``migration/savevm.c``.  With a return path the machine is the
+destination's once it has said so, and not before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+from uuid import UUID
+
+from ..errors import PeerError, UsageError
+from ..transports import Buffer, Channel, RateLimit, limited
+from ..wire.bitmap import BitmapsEnd, BitmapStart
+from ..wire.commands import OpenReturnPath, Ping
+from ..wire.disk import DiskChunk, DiskEnd, DiskProgress
+from ..wire.layout import BITMAP_SECTION, DISK_CHUNK_SIZE, DISK_SECTION, RAM_SECTION, SECTOR, Kind
+from ..wire.machine import machine_version
+from ..wire.multifd import Method
+from ..wire.ram import RamBlocks, RamEnd, RamFlush
+from ..wire.reader import VERSIONS
+from ..wire.return_path import ReturnPathReader, Shut
+from ..wire.sections import (
+    EndOfStream,
+    Header,
+    SectionEnd,
+    SectionFooter,
+    SectionPart,
+    SectionStart,
+)
+from .batches import Batch, BatchWriter
+from .outgoing import Outgoing
+from .page_sender import PageSender
+from .progress import Meter
+
+_FLUSHES_SINCE: Final = (8, 1)
+"""Machine types from this version on synchronise multifd by a record of its own, not at each end."""
+
+_NOBODY: Final = UUID(int=0)
+
+
+@dataclass(frozen=True, slots=True)
+class SendOptions:
+    """How to send: ``multifd`` channels (0 for none) and their compression, and the limits.
+
+    ``bandwidth`` in bytes per second over all channels, ``None`` without limit.  ``answer`` is how
+    many seconds the destination may take to load what it was sent.
+    """
+
+    multifd: int = 0
+    method: Method = Method.NONE
+    bandwidth: float | None = None
+    answer: float | None = 60.0
+
+
+class Encodes(Protocol):
+    """An event that knows its bytes."""
+
+    def encode(self) -> bytes | memoryview:
+        """The event as on the wire."""
+
+
+class Head(Encodes, Protocol):
+    """What opens a section."""
+
+    @property
+    def number(self) -> int:
+        """The section's number."""
+
+
+class Source:
+    """Sends *machine*; *connect* opens one more connection to the destination."""
+
+    def __init__(
+        self,
+        machine: Outgoing,
+        connect: Callable[[], Channel],
+        *,
+        options: SendOptions | None = None,
+        meter: Meter | None = None,
+    ) -> None:
+        self._machine = machine
+        self._connect = connect
+        self._options = options or SendOptions()
+        self._meter = meter or Meter()
+        self._limit = RateLimit(self._options.bandwidth)
+        self._pages: PageSender | None = None
+        taken = machine.numbers
+        free = (number for number in range(1 << 20) if number not in taken)
+        self._disk, self._ram, self._bitmap = (next(free) for _ in range(3))
+        version = machine_version(machine.configuration.machine) if machine.configuration else None
+        self._flushes = version is not None and version >= _FLUSHES_SINCE
+        if not 0 <= self._options.multifd <= 255:
+            raise UsageError(f"multifd takes 1 to 255 channels, not {self._options.multifd}")
+        if self._options.method != Method.NONE and not self._options.multifd:
+            raise UsageError("compression needs multifd channels (--multifd N)")
+
+    def run(self) -> None:
+        """Send everything and hear that it was loaded, where the transport has a way back."""
+        with ExitStack() as cleanup:
+            self._main = self._open(cleanup)
+            self._main.name = "main"
+            self._meter.start()
+            self._send_all(cleanup)
+            if self._main.duplex:
+                self._await_answer()
+            self._main.end_of_data()
+            self._meter.phase("completed" if self._main.duplex else "sent")
+
+    def _open(self, cleanup: ExitStack) -> Channel:
+        return cleanup.enter_context(limited(self._connect(), self._limit))
+
+    def _send_all(self, cleanup: ExitStack) -> None:
+        machine = self._machine
+        self._send(Header())
+        if machine.configuration is not None:
+            self._send(machine.configuration)
+        if self._main.duplex:
+            self._send(OpenReturnPath(), Ping(1))
+        if self._options.multifd:
+            self._pages = self._open_pages(cleanup)
+        self._send_starts()
+        self._send_bytes(machine.early)
+        self._send_disks()
+        self._send_ram()
+        self._send_ends()
+        self._meter.phase("device")
+        self._send_bytes(machine.devices)
+        self._send(EndOfStream())
+        if (text := machine.description) is not None:
+            self._send_bytes([bytes([Kind.DESCRIPTION]) + len(text).to_bytes(4), text])
+
+    def _open_pages(self, cleanup: ExitStack) -> PageSender:
+        configuration = self._machine.configuration
+        pages = PageSender(
+            [self._open(cleanup) for _ in range(self._options.multifd)],
+            page_size=self._machine.page_size,
+            method=self._options.method,
+            uuid=(configuration.uuid if configuration else None) or _NOBODY,
+            meter=self._meter,
+        )
+        cleanup.callback(pages.close)
+        return pages
+
+    # Iterable sections
+
+    def _send_starts(self) -> None:
+        machine = self._machine
+        self._meter.phase("active", ram_total=sum(block.length for block in machine.blocks))
+        if machine.disks:
+            self._section(_start(self._disk, DISK_SECTION), [DiskEnd()])
+        self._ram_section(_start(self._ram, RAM_SECTION), [RamBlocks(tuple(machine.blocks))])
+        if starts := [r for r in machine.bitmaps if isinstance(r, BitmapStart)]:
+            self._section(_start(self._bitmap, BITMAP_SECTION), [*starts, BitmapsEnd()])
+
+    def _send_disks(self) -> None:
+        if self._machine.disks:
+            self._section(SectionPart(self._disk, DISK_SECTION), self._disk_chunks())
+            self._section(SectionEnd(self._disk, DISK_SECTION), [DiskProgress(100), DiskEnd()])
+
+    def _disk_chunks(self) -> Iterator[Any]:
+        buffer = memoryview(bytearray(DISK_CHUNK_SIZE))
+        for name, store in self._machine.disks:
+            for number, content in enumerate(store.sums):
+                data = buffer if content else None
+                if data is not None:
+                    store.read(number * DISK_CHUNK_SIZE, data)
+                yield DiskChunk(name, number * (DISK_CHUNK_SIZE // SECTOR), data)
+        yield DiskEnd()
+
+    def _send_ram(self) -> None:
+        self._ram_section(SectionPart(self._ram, RAM_SECTION), self._ram_pages())
+        self._ram_section(SectionEnd(self._ram, RAM_SECTION), [])
+
+    def _ram_pages(self) -> Iterator[Batch]:
+        writer = BatchWriter(self._machine.page_size)
+        self._meter.next_round()
+        for block in self._machine.blocks:
+            store = self._machine.memory(block)
+            if store is None:
+                continue
+            if self._pages is not None:
+                self._pages.send_block(block, store)
+            yield from writer.batches(block, store, zero_only=self._pages is not None)
+
+    def _send_ends(self) -> None:
+        if others := [r for r in self._machine.bitmaps if not isinstance(r, BitmapStart)]:
+            self._section(SectionEnd(self._bitmap, BITMAP_SECTION), [*others, BitmapsEnd()])
+
+    def _ram_section(self, head: Head, records: Iterable[Encodes]) -> None:
+        """A `ram` section, with all channels in step at its end."""
+        self._section(head, itertools.chain(records, self._synchronised()))
+
+    def _synchronised(self) -> Iterator[Encodes]:
+        if self._pages is not None:
+            self._pages.synchronise()
+            if self._flushes:
+                yield RamFlush()
+        yield RamEnd()
+
+    # Bytes
+
+    def _section(self, head: Head, records: Iterable[Encodes]) -> None:
+        self._send(head)
+        for record in records:
+            self._send(record)
+        if self._machine.footers:
+            self._send(SectionFooter(head.number))
+
+    def _send(self, *events: Encodes) -> None:
+        for event in events:
+            if isinstance(event, Batch):
+                self._meter.count(normal=event.normal, zero=event.zero)
+            self._send_bytes([event.encode()])
+
+    def _send_bytes(self, parts: Sequence[Buffer]) -> None:
+        self._main.send(parts)
+        self._meter.count(transferred=sum(len(part) for part in parts))
+        self._meter.tick()
+
+    # The way back
+
+    def _await_answer(self) -> None:
+        """Wait for the destination's verdict; only its success ends the migration."""
+        self._meter.phase("loading")
+        reader = ReturnPathReader()
+        while True:
+            for message in reader.events():
+                if isinstance(message, Shut):
+                    if message.status == 0:
+                        return
+                    raise PeerError(
+                        "the destination refused the machine; its own messages say why"
+                    )
+            if reader.buffer.ended:
+                raise PeerError(
+                    "the destination closed the connection without saying that it has loaded the"
+                    " machine; its own messages say why"
+                )
+            count = self._main.recv_into(reader.buffer.room(), self._options.answer)
+            reader.buffer.received(count)
+
+
+def _start(number: int, name: str) -> SectionStart:
+    return SectionStart(number, name, 0, VERSIONS[name])
