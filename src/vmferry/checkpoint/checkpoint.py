@@ -22,8 +22,6 @@ from ..errors import CheckpointDamaged, StorageError, StreamError
 from ..wire.bitmap import BitmapReader, BitmapRecord
 from ..wire.buffer import Cursor, ReceiveBuffer
 from ..wire.configuration import Configuration
-from ..wire.description import VmDescription, parse_description
-from ..wire.devices import DeviceSection, split_by_footers, split_devices
 from ..wire.layout import DISK_CHUNK_SIZE
 from ..wire.ram import RamBlock
 from . import manifest as m
@@ -135,9 +133,9 @@ class Checkpoint:
     def _memory(self) -> dict[str, StoredPages]:
         return {e.name: self._stored(e, self.page_size) for e in self.manifest.ram if not e.ignored}
 
-    def memory(self, block: RamBlock | str) -> StoredPages | None:
+    def memory(self, block: RamBlock) -> StoredPages | None:
         """The content of a block; ``None`` where the source shared it and sent none."""
-        return self._memory.get(block if isinstance(block, str) else block.name)
+        return self._memory.get(block.name)
 
     @cached_property
     def disks(self) -> Sequence[tuple[str, StoredPages]]:
@@ -167,6 +165,8 @@ class Checkpoint:
         return self._read(self.manifest.devices)
 
     def _slices(self, *, early: bool) -> list[bytes]:
+        if not self.manifest.sections and not early:
+            return [self._device_bytes]
         return [
             self._device_bytes[entry.offset : entry.offset + entry.size]
             for entry in self.manifest.sections
@@ -231,15 +231,13 @@ class Checkpoint:
             except OSError as error:
                 raise storage_error(self.path / name, "found", error) from None
             if found != size:
-                raise CheckpointDamaged(
-                    f"{self.path / name}: expected {size} bytes, found {found}"
-                )
+                raise CheckpointDamaged(f"{self.path / name}: expected {size} bytes, found {found}")
         end = 0
         for section in manifest.sections:
             if section.offset != end:
                 raise CheckpointDamaged(f"{self.path}: section {section.name}: out of place")
             end += section.size
-        if end != manifest.devices.size:
+        if manifest.sections and end != manifest.devices.size:
             raise CheckpointDamaged(f"{self.path}: {m.DEVICES} does not end with its last section")
 
 

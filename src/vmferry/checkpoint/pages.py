@@ -95,7 +95,7 @@ class PageFile:
                 offset=int(rows["position"][first]),
             )
         pages = [self._inflated(row, data) for row in rows[first:stop].tolist()]
-        words = (rows["word"][first:stop] & -np.uint64(self.page_size)) | np.uint64(PAGE)
+        words = (rows["word"][first:stop] & ~np.uint64(self.page_size - 1)) | np.uint64(PAGE)
         positions = np.arange(len(pages), dtype=np.uint64) * np.uint64(self.page_size)
         self.store(rows_of(words, positions, self.page_size), memoryview(b"".join(pages)))
         return stop

@@ -24,7 +24,7 @@ from ..pages import PAGE, ZERO, rows_of
 from ..wire.bitmap import BitmapRecord, BitmapsEnd, BitmapStart
 from ..wire.configuration import Configuration
 from ..wire.description import VmDescription
-from ..wire.devices import DeviceSection
+from ..wire.devices import DeviceRegion, DeviceSection
 from ..wire.disk import DiskChunk
 from ..wire.layout import DISK_CHUNK_SIZE, IGNORE_SHARED
 from ..wire.ram import RamBlock, RamBlocks, RamPages
@@ -128,29 +128,28 @@ class CheckpointWriter:
             file = self._disks[chunk.disk] = PageFile(path, 0, DISK_CHUNK_SIZE)
         file.grow(chunk.offset + DISK_CHUNK_SIZE)
         kind, length = (ZERO, 1) if chunk.data is None else (PAGE, DISK_CHUNK_SIZE)
-        rows = rows_of(
-            np.array([chunk.offset | kind], np.uint64), np.zeros(1, np.uint64), length
-        )
+        rows = rows_of(np.array([chunk.offset | kind], np.uint64), np.zeros(1, np.uint64), length)
         file.store(rows, memoryview(chunk.data or b""))
 
     def bitmap(self, record: BitmapRecord) -> None:
         """Keep a piece of a dirty bitmap."""
         self._bitmaps.append(record)
 
-    def device(self, section: DeviceSection, *, early: bool) -> None:
-        """Keep a device's section as it came."""
+    def device(self, section: DeviceSection | DeviceRegion, *, early: bool) -> None:
+        """Keep a device's section as it came, or all of them where nothing tells them apart."""
         data = section.encode()
-        self._sections.append(
-            m.SectionEntry(
-                section.name,
-                section.instance,
-                section.version,
-                section.number,
-                len(self._devices),
-                len(data),
-                early,
+        if isinstance(section, DeviceSection):
+            self._sections.append(
+                m.SectionEntry(
+                    section.name,
+                    section.instance,
+                    section.version,
+                    section.number,
+                    len(self._devices),
+                    len(data),
+                    early,
+                )
             )
-        )
         self._devices += data
 
     def description(self, description: VmDescription) -> None:
@@ -219,8 +218,9 @@ class CheckpointWriter:
             return None
         starts = [record for record in self._bitmaps if isinstance(record, BitmapStart)]
         others = [record for record in self._bitmaps if not isinstance(record, BitmapStart)]
-        records = [*starts, BitmapsEnd(), *others, BitmapsEnd()]
-        return write_file(self.path / m.BITMAPS, b"".join(r.encode() for r in records))
+        end = BitmapsEnd().encode()
+        parts = [*(r.encode() for r in starts), end, *(r.encode() for r in others), end]
+        return write_file(self.path / m.BITMAPS, b"".join(parts))
 
 
 def _file_name(index: int, name: str) -> str:

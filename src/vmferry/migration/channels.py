@@ -129,4 +129,3 @@ class PageChannel:
             return self._decompressor.expand(packet.payload, size)
         except StreamError as error:
             raise error.within(channel=self._reader.channel, offset=packet.offset) from None
-

@@ -122,7 +122,9 @@ class Connections:
         self._barrier.expect()
         reader = MultifdReader(self._blocks)
         self._pages.append(
-            PageChannel(channel, head, reader, self._barrier, self._prepare, self._store, self._fail)
+            PageChannel(
+                channel, head, reader, self._barrier, self._prepare, self._store, self._fail
+            )
         )
 
     def _prepare(self, reader: MultifdReader) -> None:

@@ -28,7 +28,7 @@ from ..wire.commands import (
 )
 from ..wire.configuration import Configuration
 from ..wire.description import VmDescription
-from ..wire.devices import DeviceSection
+from ..wire.devices import DeviceRegion, DeviceSection
 from ..wire.disk import DiskChunk
 from ..wire.machine import machine_version
 from ..wire.multifd import Method
@@ -132,7 +132,7 @@ class Destination:
             case BitmapRecord():
                 self._features.add("dirty-bitmaps")
                 self._sink.bitmap(event)
-            case DeviceSection():
+            case DeviceSection() | DeviceRegion():
                 self._sink.device(event, early=not self._iterating)
             case VmDescription():
                 self._sink.description(event)

@@ -14,13 +14,11 @@ from ..wire.ram import RamBlock
 
 
 class PageStore(Protocol):
-    """The content of a RAM block or a disk, in pages of ``page_size`` bytes.
+    """The content of a RAM block or a disk, in pages."""
 
-    ``sums`` has a number for each page, 0 for a zero page.
-    """
-
-    page_size: int
-    sums: npt.NDArray[np.uint64]
+    @property
+    def sums(self) -> npt.NDArray[np.uint64]:
+        """A number for each page, 0 for a zero page."""
 
     def read(self, offset: int, buffer: memoryview) -> None:
         """Fill *buffer* with the bytes from *offset*; may be called by several threads."""

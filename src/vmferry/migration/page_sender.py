@@ -131,7 +131,12 @@ class PageSender:
         self._meter.count(transferred=len(header) + len(payload), normal=len(job.pages))
 
     def _header(
-        self, block: RamBlock | None, offsets: npt.NDArray[np.uint64], size: int, *, sync: bool = False
+        self,
+        block: RamBlock | None,
+        offsets: npt.NDArray[np.uint64],
+        size: int,
+        *,
+        sync: bool = False,
     ) -> bytes:
         return encode_header(
             block,
@@ -142,4 +147,3 @@ class PageSender:
             method=self._method,
             sync=sync,
         )
-

@@ -7,7 +7,7 @@ from typing import Protocol
 from ..wire.bitmap import BitmapRecord
 from ..wire.configuration import Configuration
 from ..wire.description import VmDescription
-from ..wire.devices import DeviceSection
+from ..wire.devices import DeviceRegion, DeviceSection
 from ..wire.disk import DiskChunk
 from ..wire.ram import RamBlocks, RamPages
 
@@ -35,8 +35,11 @@ class Sink(Protocol):
     def bitmap(self, record: BitmapRecord) -> None:
         """A piece of a dirty bitmap."""
 
-    def device(self, section: DeviceSection, *, early: bool) -> None:
-        """The state of a device; *early* where it stood before guest memory."""
+    def device(self, section: DeviceSection | DeviceRegion, *, early: bool) -> None:
+        """The state of a device; *early* where it stood before guest memory.
+
+        A region holds all devices of a stream in which nothing tells them apart.
+        """
 
     def description(self, description: VmDescription) -> None:
         """What the stream says of its own devices."""

@@ -233,9 +233,7 @@ class Source:
                 if isinstance(message, Shut):
                     if message.status == 0:
                         return
-                    raise PeerError(
-                        "the destination refused the machine; its own messages say why"
-                    )
+                    raise PeerError("the destination refused the machine; its own messages say why")
             if reader.buffer.ended:
                 raise PeerError(
                     "the destination closed the connection without saying that it has loaded the"

@@ -6,6 +6,7 @@ bitmap where they differ from the record before, and a body.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from ..errors import LimitExceeded, StreamError
@@ -18,12 +19,16 @@ _ENABLED, _PERSISTENT, _IGNORED = 1, 2, 4
 
 
 @dataclass(frozen=True, slots=True)
-class BitmapRecord:
+class BitmapRecord(ABC):
     """What every record of a bitmap has: its node and name, and which of them it repeats."""
 
     node: str
     name: str
     names_sent: BitmapFlag
+
+    @abstractmethod
+    def encode(self) -> bytes:
+        """The record as on the wire."""
 
     def _head(self, flags: BitmapFlag) -> bytes:
         out = bytes([flags | self.names_sent])

@@ -1,0 +1,74 @@
+"""Receiving a machine into a checkpoint, and sending it from one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..migration.connections import Deadlines
+from ..migration.destination import Destination
+from ..migration.progress import Meter, Report
+from ..migration.source import SendOptions, Source
+from ..transports import connect, listen
+from ..wire.reader import Tolerate
+from .checkpoint import Checkpoint
+from .writer import CheckpointWriter
+
+
+def receive(
+    uri: str,
+    directory: str | os.PathLike[str],
+    *,
+    progress: Report | None = None,
+    max_ram: int | None = None,
+    page_size: int | None = None,
+    tolerate: Tolerate = Tolerate.NOTHING,
+    deadlines: Deadlines | None = None,
+) -> Checkpoint:
+    """Be the destination of a migration from QEMU at *uri*; returns the new checkpoint.
+
+    Recognises by itself how the source sends: plain, xbzrle, compress, multifd with any number of
+    channels and compression, with a return path or without.  *max_ram* bounds guest memory in bytes
+    (default: what this machine has), *page_size* is the target page in bytes where neither stream
+    nor machine type tell.  *progress* is called now and then with a
+    :class:`~vmferry.migration.progress.Progress`.
+
+    Raises :class:`~vmferry.errors.StreamError` for a bad stream,
+    :class:`~vmferry.errors.TransportError` and :class:`~vmferry.errors.PeerError` for the network and
+    the source, :class:`~vmferry.errors.StorageError` for the directory.  After any of these there
+    is no checkpoint, and the source, where it listens, knows that it keeps its machine.
+    """
+    with CheckpointWriter(directory) as writer, listen(uri) as listener:
+        destination = Destination(
+            listener,
+            writer,
+            meter=Meter(progress),
+            deadlines=deadlines,
+            max_ram=max_ram,
+            page_size=page_size,
+            tolerate=tolerate,
+        )
+        destination.run()
+    return Checkpoint(directory)
+
+
+def send(
+    checkpoint: Checkpoint | str | os.PathLike[str],
+    uri: str,
+    *,
+    options: SendOptions | None = None,
+    progress: Report | None = None,
+) -> None:
+    """Be the source: a QEMU that waits with ``-incoming`` at *uri* resumes the machine.
+
+    Returns when the destination has said that it loaded everything; over transports without a way
+    back (``file:``, ``exec:``) when everything is written.  The checkpoint is not changed and may be
+    sent any number of times.
+
+    Raises what :func:`receive` raises.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        with Checkpoint(Path(checkpoint)) as opened:
+            send(opened, uri, options=options, progress=progress)
+        return
+    Source(checkpoint, lambda: connect(uri), options=options, meter=Meter(progress)).run()
