@@ -18,12 +18,13 @@ from uuid import UUID
 
 import numpy as np
 
-from ..errors import CheckpointDamaged, StorageError, StreamError
-from ..wire.bitmap import BitmapReader, BitmapRecord
-from ..wire.buffer import Cursor, ReceiveBuffer
-from ..wire.configuration import Configuration
-from ..wire.layout import DISK_CHUNK_SIZE
-from ..wire.ram import RamBlock
+from vmferry.errors import CheckpointDamaged, StorageError, StreamError
+from vmferry.wire.bitmap import BitmapReader, BitmapRecord
+from vmferry.wire.buffer import Cursor, ReceiveBuffer
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.layout import DISK_CHUNK_SIZE
+from vmferry.wire.ram import RamBlock
+
 from . import manifest as m
 from .pages import Sums, check_pages, storage_error
 

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from ..errors import CheckpointDamaged, CheckpointIncomplete, StorageError
-from ..wire import limits
+from vmferry.errors import CheckpointDamaged, CheckpointIncomplete, StorageError
+from vmferry.wire import limits
 
 NAME: Final = "manifest.json"
 PARTIAL: Final = "manifest.json.partial"

@@ -17,9 +17,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CheckpointDamaged, StorageError, StreamError
-from ..pages import COMPRESS, KINDS, PAGE, XBZRLE, Rows, page_sums, rows_of, store_records
-from ..pages.compression import inflate_page
+from vmferry.errors import CheckpointDamaged, StorageError, StreamError
+from vmferry.pages import COMPRESS, KINDS, PAGE, XBZRLE, Rows, page_sums, rows_of, store_records
+from vmferry.pages.compression import inflate_page
+
 from .manifest import FileEntry
 
 Sums = npt.NDArray[np.uint64]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..migration.connections import Deadlines
-from ..migration.destination import Destination
-from ..migration.progress import Meter, Report
-from ..migration.source import SendOptions, Source
-from ..transports import connect, listen
-from ..wire.reader import Tolerate
+from vmferry.migration.connections import Deadlines
+from vmferry.migration.destination import Destination
+from vmferry.migration.progress import Meter, Report
+from vmferry.migration.source import SendOptions, Source
+from vmferry.transports import connect, listen
+from vmferry.wire.reader import Tolerate
+
 from .checkpoint import Checkpoint
 from .writer import CheckpointWriter
 

@@ -18,16 +18,17 @@ from typing import Final, Self
 
 import numpy as np
 
-from .. import __version__
-from ..errors import LimitExceeded, StorageError, StreamError
-from ..pages import PAGE, ZERO, rows_of
-from ..wire.bitmap import BitmapRecord, BitmapsEnd, BitmapStart
-from ..wire.configuration import Configuration
-from ..wire.description import VmDescription
-from ..wire.devices import DeviceRegion, DeviceSection
-from ..wire.disk import DiskChunk
-from ..wire.layout import DISK_CHUNK_SIZE, IGNORE_SHARED
-from ..wire.ram import RamBlock, RamBlocks, RamPages
+from vmferry import __version__
+from vmferry.errors import LimitExceeded, StorageError, StreamError
+from vmferry.pages import PAGE, ZERO, rows_of
+from vmferry.wire.bitmap import BitmapRecord, BitmapsEnd, BitmapStart
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.description import VmDescription
+from vmferry.wire.devices import DeviceRegion, DeviceSection
+from vmferry.wire.disk import DiskChunk
+from vmferry.wire.layout import DISK_CHUNK_SIZE, IGNORE_SHARED
+from vmferry.wire.ram import RamBlock, RamBlocks, RamPages
+
 from . import manifest as m
 from .pages import PageFile, storage_error, write_file
 

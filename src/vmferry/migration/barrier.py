@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 
-from ..errors import TransportError
+from vmferry.errors import TransportError
 
 
 class SyncBarrier:

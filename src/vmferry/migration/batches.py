@@ -12,10 +12,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..pages import CONTINUE, PAGE, ZERO, pack_records
-from ..pages.rows import ROW
-from ..wire.buffer import encode_name
-from ..wire.ram import RamBlock
+from vmferry.pages import CONTINUE, PAGE, ZERO, pack_records
+from vmferry.pages.rows import ROW
+from vmferry.wire.buffer import encode_name
+from vmferry.wire.ram import RamBlock
+
 from .outgoing import PageStore
 
 _DATA: Final = 1 << 20

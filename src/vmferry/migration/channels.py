@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..errors import StreamError
-from ..pages import CONTINUE, PAGE, ZERO, rows_of
-from ..pages.compression import Decompressor, Inflate, Plain, ZstdExpand
-from ..transports import Channel
-from ..wire.multifd import Hello, Method, MultifdReader, Packet
-from ..wire.ram import RamBlock, RamPages
+from vmferry.errors import StreamError
+from vmferry.pages import CONTINUE, PAGE, ZERO, rows_of
+from vmferry.pages.compression import Decompressor, Inflate, Plain, ZstdExpand
+from vmferry.transports import Channel
+from vmferry.wire.multifd import Hello, Method, MultifdReader, Packet
+from vmferry.wire.ram import RamBlock, RamPages
+
 from .barrier import SyncBarrier
 
 _DECOMPRESSORS: Mapping[Method, Callable[[], Decompressor]] = {

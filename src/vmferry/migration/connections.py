@@ -10,10 +10,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import PeerError, StreamError, TransportError
-from ..transports import Channel, Listener
-from ..wire.multifd import MAGIC, Method, MultifdReader
-from ..wire.ram import RamBlock, RamPages
+from vmferry.errors import PeerError, StreamError, TransportError
+from vmferry.transports import Channel, Listener
+from vmferry.wire.multifd import MAGIC, Method, MultifdReader
+from vmferry.wire.ram import RamBlock, RamPages
+
 from .barrier import SyncBarrier
 from .channels import PageChannel
 

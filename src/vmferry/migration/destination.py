@@ -7,15 +7,16 @@ migration succeeded only after the sink has committed; until then the machine is
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from ..errors import PeerError, TransportError, VmferryError
-from ..pages import COMPRESS, XBZRLE, ZERO
-from ..transports import Channel, Listener
-from ..wire.bitmap import BitmapRecord
-from ..wire.commands import (
+from vmferry.errors import PeerError, TransportError, VmferryError
+from vmferry.pages import COMPRESS, XBZRLE, ZERO
+from vmferry.transports import Channel, Listener
+from vmferry.wire.bitmap import BitmapRecord
+from vmferry.wire.commands import (
     Command,
     EnableColo,
     OpenReturnPath,
@@ -26,16 +27,17 @@ from ..wire.commands import (
     RamDiscard,
     ReceivedBitmap,
 )
-from ..wire.configuration import Configuration
-from ..wire.description import VmDescription
-from ..wire.devices import DeviceRegion, DeviceSection
-from ..wire.disk import DiskChunk
-from ..wire.machine import machine_version
-from ..wire.multifd import Method
-from ..wire.ram import RamBlocks, RamEnd, RamFlush, RamPages
-from ..wire.reader import StreamReader, Tolerate
-from ..wire.return_path import Message, Pong, Shut, SwitchoverAck
-from ..wire.sections import SectionEnd, SectionPart
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.description import VmDescription
+from vmferry.wire.devices import DeviceRegion, DeviceSection
+from vmferry.wire.disk import DiskChunk
+from vmferry.wire.machine import machine_version
+from vmferry.wire.multifd import Method
+from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush, RamPages
+from vmferry.wire.reader import StreamReader, Tolerate
+from vmferry.wire.return_path import Message, Pong, Shut, SwitchoverAck
+from vmferry.wire.sections import SectionEnd, SectionPart
+
 from .connections import Connections, Deadlines
 from .progress import Meter
 from .sink import Sink
@@ -221,10 +223,8 @@ class Destination:
 
     def _refuse(self) -> None:
         """Tell the source that it keeps its machine, as far as it still listens."""
-        try:
+        with suppress(VmferryError):  # the connection may be what broke
             self._answer(Shut(1))
-        except VmferryError:
-            pass  # the connection may be what broke
 
     def _all_features(self) -> frozenset[str]:
         methods = self._connections.methods

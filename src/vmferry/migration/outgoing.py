@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..wire.bitmap import BitmapRecord
-from ..wire.configuration import Configuration
-from ..wire.ram import RamBlock
+from vmferry.wire.bitmap import BitmapRecord
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.ram import RamBlock
 
 
 class PageStore(Protocol):

@@ -16,10 +16,11 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from ..pages.compression import Compressor, Deflate, Plain, ZstdPack
-from ..transports import Channel
-from ..wire.multifd import PACKET_BYTES, Hello, Method, encode_header, pages_per_packet
-from ..wire.ram import RamBlock
+from vmferry.pages.compression import Compressor, Deflate, Plain, ZstdPack
+from vmferry.transports import Channel
+from vmferry.wire.multifd import PACKET_BYTES, Hello, Method, encode_header, pages_per_packet
+from vmferry.wire.ram import RamBlock
+
 from .outgoing import PageStore
 from .progress import Meter
 

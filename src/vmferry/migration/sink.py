@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..wire.bitmap import BitmapRecord
-from ..wire.configuration import Configuration
-from ..wire.description import VmDescription
-from ..wire.devices import DeviceRegion, DeviceSection
-from ..wire.disk import DiskChunk
-from ..wire.ram import RamBlocks, RamPages
+from vmferry.wire.bitmap import BitmapRecord
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.description import VmDescription
+from vmferry.wire.devices import DeviceRegion, DeviceSection
+from vmferry.wire.disk import DiskChunk
+from vmferry.wire.ram import RamBlocks, RamPages
 
 
 class Sink(Protocol):

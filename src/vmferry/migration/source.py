@@ -13,18 +13,25 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from uuid import UUID
 
-from ..errors import PeerError, UsageError
-from ..transports import Buffer, Channel, RateLimit, limited
-from ..wire.bitmap import BitmapsEnd, BitmapStart
-from ..wire.commands import OpenReturnPath, Ping
-from ..wire.disk import DiskChunk, DiskEnd, DiskProgress
-from ..wire.layout import BITMAP_SECTION, DISK_CHUNK_SIZE, DISK_SECTION, RAM_SECTION, SECTOR, Kind
-from ..wire.machine import machine_version
-from ..wire.multifd import Method
-from ..wire.ram import RamBlocks, RamEnd, RamFlush
-from ..wire.reader import VERSIONS
-from ..wire.return_path import ReturnPathReader, Shut
-from ..wire.sections import (
+from vmferry.errors import PeerError, UsageError
+from vmferry.transports import Buffer, Channel, RateLimit, limited
+from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
+from vmferry.wire.commands import OpenReturnPath, Ping
+from vmferry.wire.disk import DiskChunk, DiskEnd, DiskProgress
+from vmferry.wire.layout import (
+    BITMAP_SECTION,
+    DISK_CHUNK_SIZE,
+    DISK_SECTION,
+    RAM_SECTION,
+    SECTOR,
+    Kind,
+)
+from vmferry.wire.machine import machine_version
+from vmferry.wire.multifd import Method
+from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush
+from vmferry.wire.reader import VERSIONS
+from vmferry.wire.return_path import ReturnPathReader, Shut
+from vmferry.wire.sections import (
     EndOfStream,
     Header,
     SectionEnd,
@@ -32,13 +39,14 @@ from ..wire.sections import (
     SectionPart,
     SectionStart,
 )
+
 from .batches import Batch, BatchWriter
 from .outgoing import Outgoing
 from .page_sender import PageSender
 from .progress import Meter
 
 _FLUSHES_SINCE: Final = (8, 1)
-"""Machine types from this version on synchronise multifd by a record of its own, not at each end."""
+"""Machine types from this version on synchronise multifd by a record, not at each section's end."""
 
 _NOBODY: Final = UUID(int=0)
 
