@@ -1,0 +1,30 @@
+# Each target sets up what it needs: .venv the first time and when the dependencies or a kernel
+# change, QEMU where it is missing and may be installed.
+
+BIN := .venv/bin
+READY := .venv/.ready
+KERNELS := $(wildcard src/vmferry/*/*.pyx)
+
+.PHONY: demo test lint bench qemu
+
+demo: $(READY) qemu
+	$(BIN)/python -m demo
+
+test: $(READY) qemu
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY) qemu
+	$(BIN)/python -m bench $(ARGS)
+
+qemu:
+	@scripts/setup qemu
+
+$(READY): pyproject.toml $(KERNELS)
+	@scripts/setup python
+	@touch $@
