@@ -19,14 +19,18 @@ from uuid import UUID
 import numpy as np
 
 from vmferry.errors import CheckpointDamaged, StorageError, StreamError
-from vmferry.wire.bitmap import BitmapReader, BitmapRecord
+from vmferry.wire.bitmap import BitmapReader, BitmapRecord, BitmapStart
 from vmferry.wire.buffer import Cursor, ReceiveBuffer
 from vmferry.wire.configuration import Configuration
-from vmferry.wire.layout import DISK_CHUNK_SIZE
+from vmferry.wire.description import parse_description
+from vmferry.wire.devices import DeviceRegion, DeviceSection
+from vmferry.wire.layout import DISK_CHUNK_SIZE, Kind
 from vmferry.wire.ram import RamBlock
+from vmferry.wire.sections import SectionFooter, SectionStart
 
 from . import manifest as m
 from .pages import Sums, check_pages, storage_error
+from .survey import BlockSurvey, DiskSurvey, SectionSurvey, Survey, total_size
 
 
 class StoredPages:
@@ -194,6 +198,65 @@ class Checkpoint:
         """The stream's closing description of its devices."""
         entry = self.manifest.description
         return None if entry is None else self._read(entry)
+
+    @cached_property
+    def device_sections(self) -> tuple[DeviceSection | DeviceRegion, ...]:
+        """The device sections taken apart; their offsets are those in ``devices.bin``."""
+        data = self._device_bytes
+        if not self.manifest.sections and data:
+            return (DeviceRegion(0, data),)
+        return tuple(self._section(entry, data) for entry in self.manifest.sections)
+
+    def _section(self, entry: m.SectionEntry, data: bytes) -> DeviceSection:
+        start = SectionStart(entry.number, entry.name, entry.instance, entry.version)
+        head = start.encode(Kind.FULL)
+        foot = SectionFooter(entry.number).encode() if self.footers else b""
+        whole = data[entry.offset : entry.offset + entry.size]
+        if not whole.startswith(head) or not whole.endswith(foot):
+            raise CheckpointDamaged(
+                f"{self.path / m.DEVICES}: section {entry.name} is not where the manifest says"
+            )
+        body = whole[len(head) : len(whole) - len(foot)]
+        return DeviceSection(
+            entry.number,
+            entry.name,
+            entry.instance,
+            entry.version,
+            entry.offset,
+            body,
+            self.footers,
+        )
+
+    def survey(self) -> Survey:
+        """The checkpoint's contents."""
+        manifest = self.manifest
+        blocks = [
+            BlockSurvey(block, entry.data_pages, entry.zero_pages)
+            for block, entry in zip(self.blocks, manifest.ram, strict=True)
+        ]
+        sections = [
+            SectionSurvey("full", e.name, e.instance, e.version, e.number, e.offset, e.size)
+            for e in manifest.sections
+        ]
+        disks = {
+            name: DiskSurvey(len(disk.sums), int(np.count_nonzero(disk.sums == 0)), disk.size)
+            for name, disk in self.disks
+        }
+        description = self.description
+        return Survey(
+            source=str(self.path),
+            size=total_size(self.path),
+            configuration=self.configuration,
+            page_size=self.page_size,
+            footers=self.footers,
+            capabilities=frozenset(manifest.capabilities),
+            blocks=blocks,
+            sections=sections,
+            disks=disks,
+            bitmaps=[record for record in self.bitmaps if isinstance(record, BitmapStart)],
+            devices=list(self.device_sections),
+            description=parse_description(description) if description else None,
+        )
 
     # Checks
 

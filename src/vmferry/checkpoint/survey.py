@@ -1,0 +1,157 @@
+"""What is in a saved machine: its table of contents, with its devices ready to be decoded.
+
+A stream is read in one pass and in constant memory, but for its device state and a byte for each
+page of the guest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry.errors import StreamError
+from vmferry.pages import COMPRESS, PAGE, XBZRLE, ZERO
+from vmferry.vmstate.decode import decode_device
+from vmferry.vmstate.tree import DeviceState
+from vmferry.wire.bitmap import BitmapStart
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.description import DeviceDescription, VmDescription
+from vmferry.wire.devices import DeviceRegion, DeviceSection
+from vmferry.wire.ram import RamBlock, RamPages
+
+KINDS: Final = {PAGE: "normal", ZERO: "zero", XBZRLE: "xbzrle", COMPRESS: "compressed"}
+"""Kinds of page records, by flag."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSurvey:
+    """A RAM block: what its pages are in the end, and how they came.
+
+    ``data_pages``, ``zero_pages`` and ``unsent_pages`` add up to all pages of the block.
+    ``records`` counts page records by kind (normal, zero, xbzrle, compressed), of which a page may
+    have any number; empty for a checkpoint, which keeps no records.
+    """
+
+    block: RamBlock
+    data_pages: int
+    zero_pages: int
+    unsent_pages: int = 0
+    records: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class SectionSurvey:
+    """A section, or all parts of one together: ``count`` of them, ``size`` bytes in all.
+
+    ``kind`` is start, part, end or full; ``offset`` is where the (first) one begins in its stream.
+    """
+
+    kind: str
+    name: str
+    instance: int
+    version: int
+    number: int
+    offset: int
+    size: int = 0
+    count: int = 1
+
+
+@dataclass(slots=True)
+class DiskSurvey:
+    """A disk in the stream: its records of 1 MiB, and where the last of them ends."""
+
+    chunks: int = 0
+    zero_chunks: int = 0
+    size: int = 0
+
+
+@dataclass(slots=True)
+class Survey:
+    """The contents of a stream or a checkpoint.
+
+    ``size`` is in bytes, of the whole stream or of all files; ``trailing`` is how many bytes stand
+    behind the end of the stream.  ``capabilities`` are the source's as far as they show.
+    ``error`` is what is wrong with a stream that was read as far as it could be.
+    """
+
+    source: str
+    size: int = 0
+    trailing: int = 0
+    configuration: Configuration | None = None
+    page_size: int = 0
+    footers: bool = False
+    capabilities: frozenset[str] = frozenset()
+    blocks: list[BlockSurvey] = field(default_factory=list)
+    sections: list[SectionSurvey] = field(default_factory=list)
+    commands: Counter[str] = field(default_factory=Counter)
+    disks: dict[str, DiskSurvey] = field(default_factory=dict)
+    bitmaps: list[BitmapStart] = field(default_factory=list)
+    devices: list[DeviceSection | DeviceRegion] = field(default_factory=list)
+    description: VmDescription | None = None
+    error: StreamError | None = None
+
+    @property
+    def machine(self) -> str | None:
+        """The machine type."""
+        return self.configuration.machine if self.configuration else None
+
+    def states(self, pattern: str = "*") -> Iterator[DeviceState]:
+        """The decoded state of each device whose name matches the shell *pattern*.
+
+        A device is named as its section, or with its instance behind a colon: ``cpu``, ``cpu:1``.
+        """
+        described = self._described()
+        for section in self.devices:
+            if not isinstance(section, DeviceSection):
+                continue
+            key = (section.name, section.instance)
+            if any(fnmatchcase(name, pattern) for name in (key[0], f"{key[0]}:{key[1]}")):
+                device = described.get(key) or DeviceDescription(*key, None, len(section.body))
+                yield decode_device(device, section.body, section.body_offset)
+
+    def _described(self) -> dict[tuple[str, int], DeviceDescription]:
+        devices = self.description.devices if self.description else ()
+        return {(device.name, device.instance): device for device in devices}
+
+
+@dataclass(slots=True)
+class BlockTally:
+    """Counts of one block while a stream is read."""
+
+    block: RamBlock
+    states: npt.NDArray[np.uint8]
+    records: Counter[int] = field(default_factory=Counter)
+
+    def add(self, batch: RamPages) -> None:
+        """Count a batch of records."""
+        kinds = batch.kinds
+        first = int(kinds[0])
+        pages = batch.offsets // np.uint64(batch.page_size)
+        if (kinds == np.uint64(first)).all():  # nearly every batch is of one kind
+            self.records[first] += len(kinds)
+            self.states[pages] = 2 if first == ZERO else 1
+            return
+        for kind in KINDS:
+            self.records[kind] += int(np.count_nonzero(kinds == np.uint64(kind)))
+        self.states[pages] = np.where(kinds == np.uint64(ZERO), 2, 1)
+
+    def survey(self) -> BlockSurvey:
+        """The counts."""
+        data, zero = (int(np.count_nonzero(self.states == state)) for state in (1, 2))
+        records = {name: self.records[kind] for kind, name in KINDS.items()}
+        return BlockSurvey(self.block, data, zero, len(self.states) - data - zero, records)
+
+
+def total_size(path: str | os.PathLike[str]) -> int:
+    """Bytes that the files of a directory take on disk, holes left out."""
+    return sum(
+        entry.stat().st_blocks * 512 if entry.is_file() else total_size(entry.path)
+        for entry in os.scandir(path)
+    )
