@@ -1,0 +1,1 @@
+"""Device state as named, typed values."""
