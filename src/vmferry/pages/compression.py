@@ -11,7 +11,7 @@ from typing import Final, Protocol
 
 import zstandard
 
-from ..errors import StreamError
+from vmferry.errors import StreamError
 
 Bytes = bytes | memoryview
 
@@ -75,7 +75,10 @@ class Inflate:
 
     def expand(self, payload: Bytes, size: int) -> bytes:
         """The pages in *payload*."""
-        return _inflate(self._inflater, payload, size)
+        data = _inflate(self._inflater, payload, size)
+        if self._inflater.eof:
+            raise StreamError("a zlib stream without end", "its end")
+        return data
 
 
 class Deflate:
@@ -89,7 +92,7 @@ class Deflate:
         return self._deflater.compress(data) + self._deflater.flush(zlib.Z_SYNC_FLUSH)
 
 
-class _Drained(Exception):  # noqa: N818 - a signal between the two classes below, no error
+class _Drained(Exception):
     """The decompressor wants more than the packet holds."""
 
 
