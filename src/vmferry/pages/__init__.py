@@ -1,4 +1,4 @@
-"""What happens to pages, in batches: scanning and packing their records, storing them, summing them.
+"""What happens to pages, in batches: scanning and packing their records, storing, summing them.
 
 The work is done by compiled kernels without the interpreter lock, or by their plain-Python twins
 where no compiler was at hand.  ``VMFERRY_KERNELS=compiled`` or ``=plain`` demands one of the two.

@@ -131,12 +131,35 @@ cdef inline uint64_t page_sum(const uint8_t *p, size_t size) noexcept nogil:
 
 
 def page_sums(const uint8_t[::1] data, Py_ssize_t page_size, uint64_t[::1] sums):
-    cdef Py_ssize_t i, count = data.shape[0] // page_size
-    if sums.shape[0] < count or page_size < 32 or page_size % 32:
-        raise ValueError("page_sums: sums too short or page size not a multiple of 32")
+    cdef Py_ssize_t i, count
+    if page_size < 32 or page_size % 32:
+        raise ValueError("page_sums: page size not a multiple of 32")
+    count = data.shape[0] // page_size
+    if sums.shape[0] < count:
+        raise ValueError("page_sums: sums too short")
     with nogil:
         for i in range(count):
             sums[i] = page_sum(&data[i * page_size], page_size)
+
+
+cdef inline uint32_t compress_bound(uint32_t page_size) noexcept nogil:
+    return page_size + (page_size >> 12) + (page_size >> 14) + 13
+
+
+cdef bint is_sound(const Row *row, uint64_t total, uint32_t page_size) noexcept nogil:
+    """Whether the row is a page record, with a payload of a right length within *total* bytes."""
+    cdef uint32_t kind = row.word & (page_size - 1) & ~<uint64_t>CONTINUE
+    if kind == ZERO:
+        return row.length == 1
+    if kind == PAGE:
+        if row.length != page_size:
+            return False
+    elif kind == XBZRLE:
+        if row.length > page_size or row.length > 0xffff:
+            return False
+    elif kind != COMPRESS or row.length > compress_bound(page_size):
+        return False
+    return row.position <= total and row.length <= total - row.position
 
 
 def scan_records(
@@ -151,8 +174,7 @@ def scan_records(
     cdef Py_ssize_t at = start, p, count = 0, capacity = rows.shape[0]
     cdef Py_ssize_t name_size = name.shape[0]
     cdef uint64_t word, mask = page_size - 1
-    cdef uint32_t flags, length
-    cdef uint32_t bound = page_size + (page_size >> 12) + (page_size >> 14) + 13
+    cdef uint32_t flags, length, bound = compress_bound(page_size)
     cdef const uint8_t *base
     if start < 0 or stop > data.shape[0] or start >= stop or capacity == 0 or name_size == 0:
         return start, 0
@@ -211,27 +233,27 @@ def pack_records(
     uint8_t[::1] out,
 ):
     cdef Py_ssize_t i = first, at = 0, size, room = out.shape[0], name_size = name.shape[0]
-    cdef uint64_t word, total = data.shape[0], raw
+    cdef uint64_t word, raw
     cdef uint32_t flags, length
     cdef uint32_t raw32
     cdef uint16_t raw16
-    cdef bint fits = True
-    if room == 0 or rows.shape[0] == first:
+    cdef bint sound = True
+    if rows.shape[0] <= first:
         return first, 0
     with nogil:
         while i < rows.shape[0]:
+            sound = is_sound(&rows[i], data.shape[0], page_size)
+            if not sound:
+                break
             word = rows[i].word
             length = rows[i].length
-            flags = word & KINDS & (page_size - 1)
+            flags = word & KINDS
             size = 8 + (0 if word & CONTINUE else name_size) + length
             if flags == XBZRLE:
                 size += 3
             elif flags == COMPRESS:
                 size += 4
             if room - at < size:
-                break
-            if flags != ZERO and (rows[i].position > total or total - rows[i].position < length):
-                fits = False
                 break
             raw = htobe64(word)
             memcpy(&out[at], &raw, 8)
@@ -255,8 +277,8 @@ def pack_records(
                     memcpy(&out[at], &data[rows[i].position], length)
             at += length
             i += 1
-    if not fits:
-        raise ValueError("pack_records: a row points outside the data")
+    if not sound:
+        raise ValueError("pack_records: a row is no page record, or points outside the data")
     return i, at
 
 
@@ -372,7 +394,7 @@ def store_records(
     uint64_t[::1] sums,
 ):
     cdef Py_ssize_t i = first, run_start, count = rows.shape[0]
-    cdef uint64_t offset, index, value, run_offset, mask = page_size - 1, total = data.shape[0]
+    cdef uint64_t offset, index, value, run_offset, mask = page_size - 1
     cdef uint64_t pages = sums.shape[0]
     cdef uint32_t flags
     cdef int error = 0, parts
@@ -388,12 +410,8 @@ def store_records(
         while i < count:
             offset = rows[i].word & ~mask
             index = offset // page_size
-            flags = rows[i].word & mask & KINDS
-            if index >= pages:
-                break
-            if flags != ZERO and (
-                rows[i].position > total or total - rows[i].position < rows[i].length
-            ):
+            flags = rows[i].word & KINDS
+            if index >= pages or not is_sound(&rows[i], data.shape[0], page_size):
                 break
             if flags == PAGE:
                 source = &data[rows[i].position]

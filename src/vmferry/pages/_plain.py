@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from typing import Final
@@ -9,7 +10,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import VmferryError
+from vmferry.errors import VmferryError
+
 from .rows import COMPRESS, CONTINUE, KINDS, PAGE, XBZRLE, ZERO, Rows, compress_bound
 
 Bytes = bytes | bytearray | memoryview
@@ -26,10 +28,12 @@ def page_sums(data: Bytes, page_size: int, sums: U64) -> None:
 
     A page with other content whose XXH64 is 0 gets 1.
     """
+    if page_size < 32 or page_size % 32:
+        raise ValueError("page_sums: page size not a multiple of 32")
     count = len(data) // page_size
-    if len(sums) < count or page_size < 32 or page_size % 32:
-        raise ValueError("page_sums: sums too short or page size not a multiple of 32")
-    pages = np.frombuffer(data, "<u8", count * page_size // 8).reshape(count, -1)
+    if len(sums) < count:
+        raise ValueError("page_sums: sums too short")
+    pages = np.frombuffer(data, "<u8", count * page_size // 8).reshape(count, page_size // 8)
     value = _xxh64(pages, page_size)
     value[value == 0] = 1
     value[~pages.any(axis=1)] = 0
@@ -129,15 +133,15 @@ def pack_records(
     at = 0
     for index in range(first, len(rows)):
         word, position, length, _ = rows[index].tolist()
-        kind = word & KINDS & (page_size - 1)
+        if not _is_sound(word, position, length, len(data), page_size):
+            raise ValueError("pack_records: a row is no page record, or points outside the data")
+        kind = word & KINDS
         parts = [word.to_bytes(8)]
         if not word & CONTINUE:
             parts.append(name)
         if kind == ZERO:
             parts.append(bytes(length))
         else:
-            if position > len(data) or len(data) - position < length:
-                raise ValueError("pack_records: a row points outside the data")
             if kind == XBZRLE:
                 parts.append(b"\1" + length.to_bytes(2))
             elif kind == COMPRESS:
@@ -149,6 +153,21 @@ def pack_records(
         out[at : at + len(record)] = record
         at += len(record)
     return len(rows), at
+
+
+def _is_sound(word: int, position: int, length: int, total: int, page_size: int) -> bool:
+    match word & (page_size - 1) & ~CONTINUE:
+        case 0x002:
+            return length == 1
+        case 0x008:
+            right = length == page_size
+        case 0x040:
+            right = length <= min(page_size, 0xFFFF)
+        case 0x100:
+            right = length <= compress_bound(page_size)
+        case _:
+            return False
+    return right and position <= total and length <= total - position
 
 
 def xbzrle_decode(encoded: Bytes, page: bytearray | memoryview) -> bool:
@@ -192,16 +211,16 @@ def store_records(
     """Write the pages of ``rows[first:]`` into the file of their RAM block, and their *sums*.
 
     A zero page becomes a hole.  Returns the first row not done and an errno: stops with 0 before a
-    row that it cannot do (a compressed page, an XBZRLE record that breaks a rule).
+    row that it cannot do (a compressed page, an XBZRLE record that breaks a rule, a row that is no
+    page record or points outside the data or the block).  With another errno, rows behind the first
+    may have been done too, or in part.
     """
     for index in range(first, len(rows)):
         word, position, length, _ = rows[index].tolist()
         offset = word & -page_size
         number = offset // page_size
-        kind = word & KINDS & (page_size - 1)
-        if number >= len(sums) or kind not in {PAGE, ZERO, XBZRLE}:
-            return index, 0
-        if kind != ZERO and (position > len(data) or len(data) - position < length):
+        kind = word & KINDS
+        if number >= len(sums) or not _is_sound(word, position, length, len(data), page_size):
             return index, 0
         try:
             page = _page_of(fd, kind, offset, data[position : position + length], page_size)
@@ -213,7 +232,7 @@ def store_records(
                 # Unlike the compiled kernel this writes zeros where a page became zero.
                 os.pwrite(fd, page, offset)
         except OSError as error:
-            return index, error.errno or 5
+            return index, error.errno or errno.EIO
         sums[number] = value[0]
     return len(rows), 0
 
@@ -223,7 +242,11 @@ def _page_of(fd: int, kind: int, offset: int, payload: Bytes, page_size: int) ->
         return bytes(page_size)
     if kind == PAGE:
         return payload
+    if kind == COMPRESS:
+        return None
     page = bytearray(os.pread(fd, page_size, offset))
+    if len(page) < page_size:
+        raise OSError(errno.EIO, "the file is shorter than its pages")
     return page if xbzrle_decode(payload, page) else None
 
 
