@@ -6,12 +6,14 @@ What it does depends only on the bytes, never on how they were cut into reads.
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Any, Final, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from typing import Any, Final, Generic, TypeVar
 
-from ..errors import StreamError, TruncatedStream, printable
+from vmferry.errors import StreamError, TruncatedStream, printable
 
 T = TypeVar("T")
+E = TypeVar("E")
 Parse = Generator[Any, None, T]
 """A step of a parser: yields events or ``None`` (more bytes, please) and returns a ``T``."""
 
@@ -97,6 +99,14 @@ class Cursor:
                 )
             yield None
 
+    def more(self) -> Parse[bool]:
+        """Whether anything follows: waits for a byte, or for the end of the input."""
+        while not self.buffer:
+            if self.buffer.ended:
+                return False
+            yield None
+        return True
+
     def take(self, count: int, what: str) -> Parse[bytes]:
         """The next *count* bytes, copied: for names and small payloads."""
         yield from self.need(count, what)
@@ -127,6 +137,55 @@ class Cursor:
         """The error for something wrong at the current byte (or at ``offset=``)."""
         place.setdefault("offset", self.buffer.offset)
         return StreamError(expected, found, **place)
+
+
+class ChannelReader(ABC, Generic[E]):
+    """Bytes of one channel in, events out.
+
+    Fill ``buffer.room()``, report with ``buffer.received(count)`` (0 at the end of the input), then
+    iterate over :meth:`events` until it stops, which means *more bytes, please*, or the end where
+    :attr:`finished`.  Views in events stay right until the next ``buffer.room()``.
+    """
+
+    def __init__(self, channel: str, capacity: int = CAPACITY) -> None:
+        self.channel = channel
+        self.buffer = ReceiveBuffer(capacity)
+        self.finished = False
+        self._at = Cursor(self.buffer)
+        self._error: StreamError | None = None
+        self._steps = self._parse()
+
+    def feed(self, data: bytes | memoryview) -> Iterator[E]:
+        """The events of *data*, copied in piece by piece; empty *data* ends the input."""
+        data = memoryview(data)
+        if not data:
+            self.buffer.received(0)
+            yield from self.events()
+        while data and not self.finished:
+            room = self.buffer.room()
+            piece = data[: len(room)]
+            room[: len(piece)] = piece
+            self.buffer.received(len(piece))
+            data = data[len(piece) :]
+            yield from self.events()
+
+    def events(self) -> Iterator[E]:
+        """Everything that the bytes received so far say; once broken, the same error each time."""
+        if self._error is not None:
+            raise self._error
+        try:
+            for event in self._steps:
+                if event is None:
+                    return
+                yield event
+        except StreamError as error:
+            self._error = error.within(channel=self.channel, offset=self.buffer.offset)
+            raise
+        self.finished = True
+
+    @abstractmethod
+    def _parse(self) -> Parse[None]:
+        """Read the channel from its first byte to its last."""
 
 
 def decode_name(raw: bytes, what: str, offset: int) -> str:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
-from ..errors import LimitExceeded
+from vmferry.errors import LimitExceeded
+
 from . import limits
 from .buffer import Cursor, Parse, encode_name
 from .layout import DISK_CHUNK, DISK_CHUNK_SIZE, DISK_END, DISK_PROGRESS, DISK_ZERO, SECTOR
@@ -23,7 +24,7 @@ _MAX_SECTOR: Final = (1 << 63) // SECTOR
 class DiskChunk:
     """1 MiB of a disk, at ``sector`` (a multiple of 2048); ``data`` is ``None`` for zeros.
 
-    ``data`` lends the reader's buffer.  Of a disk's last chunk only what lies within the disk counts.
+    ``data`` lends the reader's buffer.  Of a disk's last chunk only what is on the disk counts.
     """
 
     disk: str

@@ -7,7 +7,15 @@ from typing import Final
 
 from .configuration import Configuration
 
-_PAGES_OF_8K: Final = ("clipper", "sun4u", "sun4v", "niagara", "or1k-sim", "virt-or1k", "axis-dev88")
+_PAGES_OF_8K: Final = (
+    "clipper",
+    "sun4u",
+    "sun4v",
+    "niagara",
+    "or1k-sim",
+    "virt-or1k",
+    "axis-dev88",
+)
 """Machines of alpha, sparc64, openrisc and cris (QEMU 7.2 ``target/*/cpu-param.h``)."""
 
 _VERSIONED: Final = re.compile(r"-(\d+)\.(\d+)$")

@@ -7,7 +7,7 @@ Empty packets repeat name, sizes and offsets of an older packet: only counts and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -16,9 +16,10 @@ from uuid import UUID
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import LimitExceeded, StreamError, printable
+from vmferry.errors import LimitExceeded, printable
+
 from . import limits
-from .buffer import Cursor, Parse, ReceiveBuffer
+from .buffer import ChannelReader, Cursor, Parse
 from .ram import RamBlock
 
 MAGIC: Final = bytes.fromhex("11223344")
@@ -70,8 +71,8 @@ class Packet:
 
     ``normal`` are the offsets of pages whose content is in ``payload`` in that order, compressed by
     ``method``; ``zero`` those of zero pages (QEMU 9.0), which have no payload.  ``block`` is
-    ``None`` where there is no page.  ``header`` and ``payload`` lend the reader's buffer; ``offset``
-    is the packet's place in its channel.
+    ``None`` where there is no page.  ``header`` and ``payload`` lend the reader's buffer;
+    ``offset`` is the packet's place in its channel.
     """
 
     header: memoryview | bytes
@@ -112,8 +113,8 @@ def encode_header(
     return head + name.ljust(256, b"\0") + table
 
 
-class MultifdReader:
-    """Reads one multifd channel; used as :class:`~vmferry.wire.reader.StreamReader` is.
+class MultifdReader(ChannelReader[Hello | Packet]):
+    """Reads one multifd channel.
 
     *blocks* are the machine's RAM blocks by name and may be filled in later than the first packet
     is read, which is a synchronisation.
@@ -122,35 +123,14 @@ class MultifdReader:
     def __init__(
         self, blocks: Mapping[str, RamBlock], *, page_size: int = 4096, channel: str = "multifd"
     ) -> None:
-        self.channel = channel
-        self.buffer = ReceiveBuffer(2 << 20)
+        super().__init__(channel, 2 << 20)
         self.page_size = page_size
         self._blocks = blocks
-        self._error: StreamError | None = None
-        self._steps = self._packets(Cursor(self.buffer))
 
-    def events(self) -> Iterator[Hello | Packet]:
-        """What the bytes received so far hold; raises the same error again once broken."""
-        if self._error is not None:
-            raise self._error
-        try:
-            for event in self._steps:
-                if event is None:
-                    return
-                yield event
-        except StreamError as error:
-            self._error = error.within(channel=self.channel, offset=self.buffer.offset)
-            raise
-
-    def _packets(self, at: Cursor) -> Parse[None]:
-        yield (yield from _hello(at))
-        while True:
-            # A channel may end cleanly between packets and nowhere else.
-            while not self.buffer:
-                if self.buffer.ended:
-                    return
-                yield None
-            yield (yield from self._packet(at))
+    def _parse(self) -> Parse[None]:
+        yield (yield from _hello(self._at))
+        while (yield from self._at.more()):
+            yield (yield from self._packet(self._at))
 
     def _packet(self, at: Cursor) -> Parse[Packet]:
         size = _FIXED + 8 * pages_per_packet(self.page_size)
@@ -203,9 +183,7 @@ class MultifdReader:
             self._check_offsets(at, block, offsets)
         method = Method(flags & _METHOD_MASK) if normal else Method.NONE
         if normal and method == Method.NONE and len(payload) != normal * self.page_size:
-            raise at.fail(
-                f"{normal * self.page_size} bytes for {normal} pages", str(len(payload))
-            )
+            raise at.fail(f"{normal * self.page_size} bytes for {normal} pages", str(len(payload)))
         return Packet(
             header,
             payload,
@@ -224,9 +202,7 @@ class MultifdReader:
             raise at.fail("the name of a RAM block of the main channel", printable(name))
         return block
 
-    def _check_offsets(
-        self, at: Cursor, block: RamBlock, offsets: npt.NDArray[np.uint64]
-    ) -> None:
+    def _check_offsets(self, at: Cursor, block: RamBlock, offsets: npt.NDArray[np.uint64]) -> None:
         last = block.length - self.page_size
         wrong = (offsets > np.uint64(max(last, 0))) | (offsets % np.uint64(self.page_size) != 0)
         if last < 0 or wrong.any():

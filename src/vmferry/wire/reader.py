@@ -8,15 +8,16 @@ were cut into reads.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Final
 
-from ..errors import StreamError, printable
+from vmferry.errors import StreamError, printable
+
 from . import foreign
 from .bitmap import BitmapReader
-from .buffer import Cursor, Parse, ReceiveBuffer
+from .buffer import ChannelReader, Cursor, Parse
 from .commands import (
     Command,
     OpenReturnPath,
@@ -80,12 +81,8 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-class StreamReader:
+class StreamReader(ChannelReader[Event]):
     """Reads one migration stream.
-
-    Fill ``buffer.room()``, report with ``buffer.received(count)`` (0 at the end of the input), then
-    iterate over :meth:`events` until it stops, which means *more bytes, please*, or the end where
-    :attr:`finished`.  Views in events stay right until the next ``buffer.room()``.
 
     ``page_size`` is the target page in bytes where neither the stream nor the machine's name tells.
     """
@@ -98,15 +95,12 @@ class StreamReader:
         page_size: int | None = None,
         tolerate: Tolerate = Tolerate.NOTHING,
     ) -> None:
-        self.channel = channel
-        self.buffer = ReceiveBuffer()
+        super().__init__(channel)
         self.configuration: Configuration | None = None
         self.description: VmDescription | None = None
         self.footers: bool | None = None
         self.return_path = False
         self.postcopy = False
-        self.finished = False
-        self._at = Cursor(self.buffer)
         self._max_ram = physical_memory() if max_ram is None else max_ram
         self._page_size = page_size
         self._tolerate = tolerate
@@ -114,8 +108,6 @@ class StreamReader:
         self._ram: RamReader | None = None
         self._sections: dict[int, _Iterable] = {}
         self._early_devices = 0
-        self._error: StreamError | None = None
-        self._steps = self._stream()
 
     @property
     def page_size(self) -> int:
@@ -124,39 +116,12 @@ class StreamReader:
             return self._ram.page_size
         return self._page_size or target_page_size(self.configuration)
 
-    def feed(self, data: bytes | memoryview) -> Iterator[Event]:
-        """The events of *data*, copied in piece by piece; empty *data* ends the input."""
-        data = memoryview(data)
-        if not data:
-            self.buffer.received(0)
-            yield from self.events()
-        while data:
-            room = self.buffer.room()
-            piece = data[: len(room)]
-            room[: len(piece)] = piece
-            self.buffer.received(len(piece))
-            data = data[len(piece) :]
-            yield from self.events()
-
-    def events(self) -> Iterator[Event]:
-        """Everything that the bytes received so far say; raises the same error again once broken."""
-        if self._error is not None:
-            raise self._error
-        try:
-            for event in self._steps:
-                if event is None:
-                    return
-                yield event
-        except StreamError as error:
-            self._error = error.within(channel=self.channel, offset=self.buffer.offset)
-            raise
-
-    def _stream(self) -> Parse[None]:
+    def _parse(self) -> Parse[None]:
         at = self._at
         yield (yield from parse_header(at))
         if (yield from at.peek_number(1, "a section")) == Kind.CONFIGURATION:
             yield from self._configure()
-        while not self.finished:
+        while True:
             kind = yield from at.peek_number(1, "a section")
             match kind:
                 case Kind.START:
@@ -168,9 +133,9 @@ class StreamReader:
                 case Kind.FULL if self._early():
                     yield from self._early_section()
                 case Kind.FULL:
-                    yield from self._devices()
+                    return (yield from self._devices())
                 case Kind.EOF:
-                    yield from self._end_without_devices()
+                    return (yield from self._end_without_devices())
                 case _:
                     raise at.fail(
                         "a section: start, part, end, full, command or end of stream",
@@ -332,7 +297,6 @@ class StreamReader:
         yield EndOfStream()
         if found.description is not None:
             yield from self._describe(found.description, found.description_size)
-        self.finished = True
 
     def _tail_finder(self) -> TailFinder:
         return TailFinder(
@@ -357,7 +321,6 @@ class StreamReader:
         yield EndOfStream()
         if not self.postcopy:
             yield from self._description_alone()
-        self.finished = True
 
     def _description_alone(self) -> Parse[None]:
         """What may stand behind the end where no device was sent."""

@@ -6,13 +6,14 @@ QEMU 7.2 ``migration/migration.c`` (``source_return_path_thread``).  A message i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from ..errors import LimitExceeded, StreamError
+from vmferry.errors import LimitExceeded, StreamError
+
 from . import limits
-from .buffer import Cursor, Parse, ReceiveBuffer, decode_name, encode_name
+from .buffer import ChannelReader, Cursor, Parse, decode_name, encode_name
 
 _BITMAP_END: Final = 0x0123456789ABCDEF
 
@@ -82,7 +83,10 @@ class RequestPages(Message):
 
 @dataclass(frozen=True, slots=True)
 class HavePages(Message):
-    """Postcopy recovery: the pages of a block that arrived, bit *i* % 8 of byte *i* // 8 for page *i*."""
+    """Postcopy recovery: the pages of a block that arrived.
+
+    Bit *i* % 8 of byte *i* // 8 of the bitmap stands for page *i*.
+    """
 
     kind = 5
     block: str
@@ -132,7 +136,7 @@ def _request(payload: bytes) -> Message:
     return RequestPages(start, length, decode_name(payload[13:], "the name of a RAM block", 0))
 
 
-# Kind: allowed lengths of the payload, and its reader; HavePages has more behind it and is read apart.
+# Kind: allowed lengths of the payload, and its reader.  HavePages is read apart.
 _MESSAGES: Final[dict[int, tuple[range, Callable[[bytes], Message] | None]]] = {
     1: (range(4, 5), _number(Shut)),
     2: (range(4, 5), _number(Pong)),
@@ -143,34 +147,19 @@ _MESSAGES: Final[dict[int, tuple[range, Callable[[bytes], Message] | None]]] = {
 }
 
 
-class ReturnPathReader:
-    """Reads what a destination answers; used as :class:`~vmferry.wire.reader.StreamReader` is.
+class ReturnPathReader(ChannelReader[Message]):
+    """Reads what a destination answers.
 
     ``max_bitmap`` bounds a received bitmap in bytes: one bit for each page of the largest block.
     """
 
     def __init__(self, *, channel: str = "return path", max_bitmap: int = 0) -> None:
-        self.channel = channel
-        self.buffer = ReceiveBuffer(1 << 12)
+        super().__init__(channel, 1 << 12)
         self._max_bitmap = max_bitmap
-        self._steps = self._messages(Cursor(self.buffer))
 
-    def events(self) -> Iterator[Message]:
-        """The messages that the bytes received so far hold."""
-        try:
-            for event in self._steps:
-                if event is None:
-                    return
-                yield event
-        except StreamError as error:
-            raise error.within(channel=self.channel, offset=self.buffer.offset) from None
-
-    def _messages(self, at: Cursor) -> Parse[None]:
-        while self.buffer or not self.buffer.ended:
-            if not self.buffer:
-                yield None
-                continue
-            yield (yield from self._message(at))
+    def _parse(self) -> Parse[None]:
+        while (yield from self._at.more()):
+            yield (yield from self._message(self._at))
 
     def _message(self, at: Cursor) -> Parse[Any]:
         offset = self.buffer.offset
