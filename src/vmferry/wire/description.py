@@ -143,10 +143,10 @@ def parse_description(text: bytes | memoryview) -> VmDescription:
     page_size = _number(top, "page_size", "", _PAGE.stop)
     if page_size not in _PAGE or page_size & (page_size - 1):
         raise StreamError("page_size to be a power of two from 256", str(page_size))
-    devices = tuple(
-        _device(device, f"devices[{i}]") for i, device in enumerate(_list(top, "devices", ""))
-    )
-    _limit("devices", sum(device.size for device in devices), limits.DEVICES)
+    nodes = _list(top, "devices", "")
+    _limit("the number of devices", len(nodes), limits.DEVICE_COUNT)
+    devices = tuple(_device(node, f"devices[{i}]") for i, node in enumerate(nodes))
+    _limit("bytes of all devices", sum(device.size for device in devices), limits.DEVICES)
     configuration = top.get("configuration")
     return VmDescription(
         page_size,

@@ -141,8 +141,9 @@ class TailFinder:
                 raise TruncatedStream("a whole description", f"{len(rest)} bytes of it")
             return None
         description = parse_description(rest[5 : 5 + text_size])
-        for device in description.devices[self._early :]:
-            raise StreamError(f"device {printable(device.name)}, which is described", "no device")
+        if missing := description.devices[self._early :]:
+            name = printable(missing[0].name)
+            raise StreamError(f"device {name}, which is described", "no device")
         return self._found(0, description, 5 + text_size)
 
     def rejection(self, size: int) -> StreamError | None:

@@ -16,6 +16,9 @@ DEVICE_SECTION: Final = 64 << 20
 DEVICES: Final = 256 << 20
 """Bytes of all device sections of a stream together."""
 
+DEVICE_COUNT: Final = 32_768
+"""Device sections of one stream: QEMU has at most 4096 CPUs of three sections each, and others."""
+
 PACKAGE: Final = 256 << 20
 """Bytes of a PACKAGED command; QEMU allows 4 GiB - 1, and machines with many disks need 1 MiB."""
 

@@ -15,7 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
-from vmferry.errors import StreamError, TruncatedStream, printable
+from vmferry.errors import LimitExceeded, StreamError, TruncatedStream, printable
 
 from . import limits
 from .buffer import decode_name, encode_name
@@ -147,6 +147,9 @@ def split_by_footers(data: bytes | memoryview, offset: int = 0) -> tuple[DeviceS
     sections: list[DeviceSection] = []
     at = 0
     while at < len(raw) and (at == 0 or raw[at] == Kind.FULL):
+        if len(sections) == limits.DEVICE_COUNT:
+            most = f"at most {limits.DEVICE_COUNT} devices"
+            raise LimitExceeded(most, "more", offset=offset + at)
         try:
             head, start = read_head(raw, at, offset)
             end = _end_by_footer(raw, start, head.number)
