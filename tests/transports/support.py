@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
+
 from vmferry.transports import Channel, RateLimit, connect, limited, listen, memory_pair
 
 T = TypeVar("T")
@@ -121,8 +123,17 @@ def tcp4(_path: Path) -> Iterator[Pair]:
         yield pair
 
 
+def need_ipv6() -> None:
+    """Skip the test where the machine has no IPv6."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError as error:
+        pytest.skip(f"this machine has no IPv6: {error}")
+
+
 @contextlib.contextmanager
 def tcp6(_path: Path) -> Iterator[Pair]:
+    need_ipv6()
     with socket_pair("tcp:[::1]:0") as pair:
         yield pair
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vmferry.transports
@@ -43,6 +43,7 @@ def test_what_was_sent_before_a_shutdown_still_arrives() -> None:
         receiver.send([b"x"])
 
 
+@settings(deadline=None)
 @given(PARTS, st.integers(1, 500), st.integers(1, 500))
 def test_any_parts_arrive_whole_through_any_capacity(
     parts: list[bytes], capacity: int, step: int
@@ -54,6 +55,7 @@ def test_any_parts_arrive_whole_through_any_capacity(
     sending.result(PROMPT)
 
 
+@settings(deadline=None)
 @given(PARTS, st.data())
 def test_gathering_survives_any_short_writes(parts: list[bytes], data: st.DataObject) -> None:
     gather = Gather(parts)

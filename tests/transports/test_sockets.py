@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.transports.support import PROMPT, accepted, blocked, receive, wait_until
+from tests.transports.support import PROMPT, accepted, blocked, need_ipv6, receive, wait_until
 from vmferry.errors import ChannelClosed, TransportError, UsageError
 from vmferry.transports import Listener, connect, listen, parse
 from vmferry.transports.uri import TcpAddress
@@ -35,6 +35,7 @@ def test_port_zero_becomes_a_real_one_in_the_address() -> None:
 
 
 def test_any_address_takes_both_families_on_one_port() -> None:
+    need_ipv6()
     with listen("tcp::0") as listener:
         port = port_of(listener)
         for host in ("127.0.0.1", "[::1]"):
@@ -50,6 +51,7 @@ def test_address_of_any_is_one_that_can_be_reached() -> None:
 
 @pytest.mark.parametrize(("option", "other"), [("ipv4", "[::1]"), ("ipv6", "127.0.0.1")])
 def test_option_leaves_one_family_only(option: str, other: str) -> None:
+    need_ipv6()
     with (
         listen(f"tcp::0,{option}=on") as listener,
         pytest.raises(TransportError, match="Connection refused"),
@@ -89,6 +91,7 @@ def test_port_in_use_is_refused_with_advice() -> None:
 
 
 def test_port_in_use_on_one_of_two_addresses_is_refused() -> None:
+    need_ipv6()
     with (
         listen("tcp:[::]:0") as listener,
         pytest.raises(TransportError, match="Address already in use"),

@@ -6,7 +6,7 @@ import contextlib
 import socket
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vmferry.errors import UsageError
@@ -145,6 +145,7 @@ PIECES = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.text(st.characters()),

@@ -64,7 +64,8 @@ class CommandChannel(DescriptorChannel):
         was_shut = self._is_shut
         try:
             if not was_shut:
-                self.end_of_data()
+                with contextlib.suppress(ChannelClosed):  # shut down while it waits here
+                    self.end_of_data()
         finally:
             super().close()
             self._reap(politely=not was_shut)

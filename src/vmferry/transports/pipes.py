@@ -44,6 +44,11 @@ WRITE_MAX: Final = 8 << 20
 """Bytes in one write.  One to a file cannot be interrupted, so it must not be long."""
 
 
+_PIPE_SIZE: Final = 1 << 20
+"""What any user may set.  Three times as fast as the usual 64 KiB for pages with a header each:
+2.7 against 0.8 GB/s."""
+
+
 class DescriptorChannel(SharedResource, Channel):
     """One direction over a descriptor, which belongs to the channel from now on."""
 
@@ -58,6 +63,8 @@ class DescriptorChannel(SharedResource, Channel):
         self._wakeup = Wakeup()
         self._was_blocking = os.get_blocking(descriptor)
         os.set_blocking(descriptor, False)
+        with contextlib.suppress(OSError):  # no pipe, or more than this user may have
+            fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
 
     def recv_into(self, buffer: memoryview, timeout: float | None = None) -> int:
         """See :meth:`Channel.recv_into`."""

@@ -72,39 +72,35 @@ class RateLimit:
                 self._free_at -= owed * max(0.0, 1 - old / rate)
             self._changed.notify_all()
 
-    @property
-    def portion(self) -> int:
-        """Bytes to send at once so that the rate holds over short times too."""
-        rate = self._rate
-        return _PORTION_MAX if rate is None else _portion(rate)
-
     def take(self, nbytes: int) -> None:
         """Wait until *nbytes* may be sent.
 
         Raises :class:`ChannelClosed` when the limit is shut down; some may have been taken.
         """
         while nbytes > 0:
-            with self._changed:
-                nbytes -= self._take_some(nbytes)
+            nbytes -= self.take_some(nbytes)
+
+    def take_some(self, wanted: int) -> int:
+        """Wait until the next portion may be sent; its size, at most *wanted* bytes."""
+        with self._changed:
+            while True:
+                if self._is_shut:
+                    raise ChannelClosed("the rate limit was shut down on this side")
+                rate = self._rate
+                if rate is None:
+                    return min(wanted, _PORTION_MAX)
+                now = self._clock.now()
+                if now >= self._free_at:
+                    portion = max(1, min(wanted, _PORTION_MAX, int(rate * _PORTION)))
+                    self._free_at = max(self._free_at, now - _CATCH_UP) + portion / rate
+                    return portion
+                self._clock.wait(self._changed, self._free_at - now)
 
     def shutdown(self) -> None:
         """Make every :meth:`take`, now and later, raise :class:`ChannelClosed`."""
         with self._changed:
             self._is_shut = True
             self._changed.notify_all()
-
-    def _take_some(self, wanted: int) -> int:
-        while True:
-            if self._is_shut:
-                raise ChannelClosed("the rate limit was shut down on this side")
-            if self._rate is None:
-                return wanted
-            now = self._clock.now()
-            if now >= self._free_at:
-                portion = min(wanted, _portion(self._rate))
-                self._free_at = max(self._free_at, now - _CATCH_UP) + portion / self._rate
-                return portion
-            self._clock.wait(self._changed, self._free_at - now)
 
 
 class LimitedChannel(Channel):
@@ -131,9 +127,8 @@ class LimitedChannel(Channel):
     def send(self, parts: Sequence[Buffer]) -> None:
         """See :meth:`Channel.send`; goes out in portions of 5 ms."""
         gather = Gather(parts)
-        while window := gather.window(self._limit.portion):
-            self._limit.take(gather.window_size)
-            self._channel.send(window)
+        while gather.left:
+            self._channel.send(gather.window(self._limit.take_some(gather.left)))
             gather.sent(gather.window_size)
 
     def end_of_data(self) -> None:
@@ -156,10 +151,6 @@ class LimitedChannel(Channel):
 def limited(channel: Channel, limit: RateLimit) -> Channel:
     """*channel*, sending no faster than *limit* allows it and whoever shares the limit."""
     return LimitedChannel(channel, limit)
-
-
-def _portion(rate: float) -> int:
-    return max(1, min(_PORTION_MAX, int(rate * _PORTION)))
 
 
 def _checked(rate: float | None) -> float | None:
