@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from vmferry.migration.connections import Deadlines
@@ -25,6 +26,7 @@ def receive(
     page_size: int | None = None,
     tolerate: Tolerate = Tolerate.NOTHING,
     deadlines: Deadlines | None = None,
+    started: Callable[[Destination], None] | None = None,
 ) -> Checkpoint:
     """Be the destination of a migration from QEMU at *uri*; returns the new checkpoint.
 
@@ -32,7 +34,9 @@ def receive(
     channels and compression, with a return path or without.  *max_ram* bounds guest memory in bytes
     (default: what this machine has), *page_size* is the target page in bytes where neither stream
     nor machine type tell.  *progress* is called now and then with a
-    :class:`~vmferry.migration.progress.Progress`.
+    :class:`~vmferry.migration.progress.Progress`.  *started* is called once it listens, with the
+    :class:`~vmferry.migration.destination.Destination`: its ``address`` says where, which tells the
+    port of ``tcp:HOST:0``, and its ``cancel()`` ends it from another thread.
 
     Raises :class:`~vmferry.errors.StreamError` for a bad stream,
     :class:`~vmferry.errors.TransportError` and :class:`~vmferry.errors.PeerError` for the network and
@@ -49,6 +53,8 @@ def receive(
             page_size=page_size,
             tolerate=tolerate,
         )
+        if started is not None:
+            started(destination)
         destination.run()
     return Checkpoint(directory)
 
@@ -59,17 +65,22 @@ def send(
     *,
     options: SendOptions | None = None,
     progress: Report | None = None,
+    started: Callable[[Source], None] | None = None,
 ) -> None:
     """Be the source: a QEMU that waits with ``-incoming`` at *uri* resumes the machine.
 
     Returns when the destination has said that it loaded everything; over transports without a way
     back (``file:``, ``exec:``) when everything is written.  The checkpoint is not changed and may be
-    sent any number of times.
+    sent any number of times.  *started* is called before anything is sent, with the
+    :class:`~vmferry.migration.source.Source`: its ``cancel()`` ends it from another thread.
 
     Raises what :func:`receive` raises.
     """
     if not isinstance(checkpoint, Checkpoint):
         with Checkpoint(Path(checkpoint)) as opened:
-            send(opened, uri, options=options, progress=progress)
+            send(opened, uri, options=options, progress=progress, started=started)
         return
-    Source(checkpoint, lambda: connect(uri), options=options, meter=Meter(progress)).run()
+    source = Source(checkpoint, lambda: connect(uri), options=options, meter=Meter(progress))
+    if started is not None:
+        started(source)
+    source.run()

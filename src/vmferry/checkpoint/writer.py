@@ -64,6 +64,9 @@ class CheckpointWriter:
             self.path.mkdir(mode=0o700, exist_ok=True)
             (self.path / m.PARTIAL).touch(mode=0o600)
         except OSError as error:
+            if not self._existed:
+                with suppress(OSError):
+                    self.path.rmdir()
             raise storage_error(self.path, "created", error) from None
         return self
 
@@ -81,6 +84,8 @@ class CheckpointWriter:
         for name in ("ram", "disks"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         with suppress(OSError):
+            # First of all what would make it look complete, should it be there already.
+            (self.path / m.NAME).unlink(missing_ok=True)
             for name in (m.DEVICES, m.DESCRIPTION, m.BITMAPS, m.PARTIAL):
                 (self.path / name).unlink(missing_ok=True)
             if not self._existed:

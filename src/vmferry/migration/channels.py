@@ -28,7 +28,7 @@ class PageChannel:
 
     *prepare* is called before the first packet is read and returns when guest memory is known.
     Runs until the peer closes it, it is shut down, or something is wrong with it; then *failed* is
-    called with the error, in the channel's thread.
+    called with the error, in the channel's thread.  *received* is told how many bytes came.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class PageChannel:
         prepare: Callable[[MultifdReader], None],
         store: Callable[[RamPages], None],
         failed: Callable[[BaseException], None],
+        received: Callable[[int], None],
     ) -> None:
         self._channel = channel
         self._reader = reader
@@ -47,6 +48,7 @@ class PageChannel:
         self._prepare = prepare
         self._store = store
         self._failed = failed
+        self._received = received
         self._number = -1
         self._method = Method.NONE
         self._decompressor: Decompressor | None = None
@@ -82,7 +84,9 @@ class PageChannel:
                     return
             if buffer.ended:
                 return
-            buffer.received(self._channel.recv_into(buffer.room()))
+            count = self._channel.recv_into(buffer.room())
+            buffer.received(count)
+            self._received(count)
 
     def _join(self, hello: Hello) -> None:
         self._number = hello.channel

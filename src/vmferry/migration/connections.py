@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vmferry.errors import PeerError, StreamError, TransportError
+from vmferry.errors import ChannelClosed, PeerError, StreamError, TransportError
 from vmferry.transports import Channel, Listener
 from vmferry.wire.multifd import MAGIC, Method, MultifdReader
 from vmferry.wire.ram import RamBlock, RamPages
@@ -39,7 +39,9 @@ class Deadlines:
 class Connections:
     """Everything that the source has connected.
 
-    The first failure of any channel is kept in :attr:`failure` and breaks all the others.
+    The first failure of any channel is kept in :attr:`failure` and breaks all the others.  *store*
+    takes the pages of multifd channels, *refuse* tells the source of a failure, *received* is told
+    how many bytes came through a multifd channel.
     """
 
     def __init__(
@@ -48,11 +50,13 @@ class Connections:
         deadlines: Deadlines,
         store: Callable[[RamPages], None],
         refuse: Callable[[], None],
+        received: Callable[[int], None],
     ) -> None:
         self._listener = listener
         self._deadlines = deadlines
         self._store = store
         self._refuse = refuse
+        self._received = received
         self._main: Channel | None = None
         self._pages: list[PageChannel] = []
         self._aside: list[Channel] = []
@@ -61,7 +65,13 @@ class Connections:
         self._page_size = 0
         self._ram_known = threading.Event()
         self._lock = threading.Lock()
+        self._settled = False
         self.failure: BaseException | None = None
+
+    @property
+    def address(self) -> str:
+        """The URI for a source on this machine to connect to."""
+        return self._listener.address
 
     @property
     def methods(self) -> frozenset[Method]:
@@ -74,7 +84,7 @@ class Connections:
             channel = self._listener.accept(self._deadlines.connect)
             if channel is None:
                 raise TransportError(f"{self._listener.address}: there will be no main channel")
-            self._aside.append(channel)
+            self._keep(channel)
             head = read_magic(channel, self._deadlines.first)
             if head != MAGIC:
                 # What is no stream at all is refused by the reader, in its own words.
@@ -106,8 +116,14 @@ class Connections:
         if self.failure is not None:
             raise self.failure
 
-    def _adopt(self, channel: Channel, *, preempt: bool) -> None:
+    def _keep(self, channel: Channel) -> None:
+        """Remember a channel; either this sees a failure, or whoever failed sees the channel."""
         self._aside.append(channel)
+        if self.failure is not None:
+            raise self.failure
+
+    def _adopt(self, channel: Channel, *, preempt: bool) -> None:
+        self._keep(channel)
         try:
             head = read_magic(channel, _PREEMPT_SILENCE if preempt else self._deadlines.first)
         except TransportError:
@@ -124,7 +140,14 @@ class Connections:
         reader = MultifdReader(self._blocks)
         self._pages.append(
             PageChannel(
-                channel, head, reader, self._barrier, self._prepare, self._store, self._fail
+                channel,
+                head,
+                reader,
+                self._barrier,
+                self._prepare,
+                self._store,
+                self._fail,
+                self._received,
             )
         )
 
@@ -132,16 +155,29 @@ class Connections:
         self._ram_known.wait()
         reader.page_size = self._page_size
 
-    def _fail(self, error: BaseException) -> None:
-        """A page channel failed: tell the source, and wake whoever reads the main channel."""
+    def settle(self) -> None:
+        """Everything has come: a failure until now counts, raised here, and no later one does."""
         with self._lock:
             if self.failure is not None:
+                raise self.failure
+            self._settled = True
+
+    def cancel(self) -> None:
+        """Break everything off, from any thread; without effect once settled."""
+        self._fail(ChannelClosed("the migration was cancelled on this side"))
+        if not self._settled:
+            self._listener.shutdown()
+
+    def _fail(self, error: BaseException) -> None:
+        """Something failed: tell the source, and wake whoever waits for a channel."""
+        with self._lock:
+            if self.failure is not None or self._settled:
                 return
             self.failure = error
         self._barrier.break_off()
         self._refuse()
-        if self._main is not None:
-            self._main.shutdown()
+        for channel in list(self._aside):
+            channel.shutdown()
 
     def close(self) -> None:
         """End everything, and wait for the threads."""

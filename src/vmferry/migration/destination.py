@@ -68,7 +68,9 @@ class Destination:
         self._meter = meter or Meter()
         self._deadlines = deadlines or Deadlines()
         self._reader = StreamReader(max_ram=max_ram, page_size=page_size, tolerate=tolerate)
-        self._connections = Connections(listener, self._deadlines, self._store, self._refuse)
+        self._connections = Connections(
+            listener, self._deadlines, self._store, self._refuse, self._moved
+        )
         self._main: Channel | None = None
         self._answering = threading.Lock()
         self._answered = False
@@ -79,10 +81,23 @@ class Destination:
         self._block_order: dict[str, int] = {}
         self._last_page = (-1, 0)
 
+    @property
+    def address(self) -> str:
+        """The URI for a source on this machine to connect to."""
+        return self._connections.address
+
+    def cancel(self) -> None:
+        """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
+
+        Without effect once everything has come: then the checkpoint is completed.
+        """
+        self._connections.cancel()
+
     def run(self) -> None:
         """Receive everything, commit it, and tell the source."""
         try:
             self._receive()
+            self._connections.settle()
             self._meter.phase("storing")
             self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
             self._answer(Shut(0))
@@ -111,8 +126,12 @@ class Destination:
                 return
             count = self._main.recv_into(reader.buffer.room(), self._deadlines.idle)
             reader.buffer.received(count)
-            self._meter.count(transferred=count)
-            self._meter.tick()
+            self._moved(count)
+
+    def _moved(self, count: int) -> None:
+        """Count bytes of any channel."""
+        self._meter.count(transferred=count)
+        self._meter.tick()
 
     def _handle(self, event: Any) -> None:
         match event:
@@ -157,7 +176,7 @@ class Destination:
                 blocks = {block.name: block for block in event.blocks}
                 self._block_order = {name: order for order, name in enumerate(blocks)}
                 self._connections.announce_ram(blocks, self._reader.page_size)
-                self._meter.phase("active", ram_total=event.total)
+                self._meter.active(event.total, self._reader.page_size)
 
     def _store(self, batch: RamPages) -> None:
         """Hand pages on; called by the thread of every channel."""

@@ -130,6 +130,7 @@ class PageSender:
         header = self._header(job.block, offsets, len(payload))
         channel.send([header, payload])
         self._meter.count(transferred=len(header) + len(payload), normal=len(job.pages))
+        self._meter.tick()
 
     def _header(
         self,

@@ -16,14 +16,17 @@ INTERVAL: Final = 0.1
 class Progress:
     """A moment of a migration.
 
-    Sizes are in bytes, ``rate`` in bytes per second since the report before, ``elapsed`` in
-    seconds since the first byte.  ``round`` counts passes over guest memory from 1; pages of later
-    rounds are sent again because the machine wrote to them.
+    Phases are ``setup``, ``active``, ``device`` (sending only), ``storing`` or ``loading``, and one
+    of ``completed``, ``sent`` (where nobody answers) and ``failed``.  Sizes are in bytes, ``rate``
+    in bytes per second since the report before, ``elapsed`` in seconds since the first byte.
+    ``ram_total`` and ``page_size`` are 0 until guest memory is known.  ``round`` counts passes over
+    it from 1; pages of later rounds are sent again because the machine wrote to them.
     """
 
     phase: str
     transferred: int = 0
     ram_total: int = 0
+    page_size: int = 0
     normal_pages: int = 0
     zero_pages: int = 0
     round: int = 0
@@ -36,13 +39,17 @@ Report = Callable[[Progress], None]
 
 @dataclass(slots=True)
 class Meter:
-    """Counts what moves, from any thread, and reports it to *report* every so often."""
+    """Counts what moves, from any thread, and reports it to *report* every so often.
+
+    *report* is called from whatever thread moves something, but never by two at once.
+    """
 
     report: Report | None = None
     clock: Callable[[], float] = time.monotonic
     now: Progress = field(default_factory=lambda: Progress("setup"))
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _started: float = 0.0
+    _reporting: threading.Lock = field(default_factory=threading.Lock)
+    _started: float | None = None
     _last: tuple[float, int] = (0.0, 0)
 
     def start(self) -> None:
@@ -60,12 +67,17 @@ class Meter:
                 zero_pages=self.now.zero_pages + zero,
             )
 
-    def phase(self, phase: str, *, ram_total: int | None = None) -> None:
+    def phase(self, phase: str) -> None:
         """A new phase began."""
         with self._lock:
-            total = self.now.ram_total if ram_total is None else ram_total
-            self.now = replace(self.now, phase=phase, ram_total=total)
+            self.now = replace(self.now, phase=phase)
         self.tick(force=True)
+
+    def active(self, ram_total: int, page_size: int) -> None:
+        """Guest memory is known, and begins to move."""
+        with self._lock:
+            self.now = replace(self.now, ram_total=ram_total, page_size=page_size)
+        self.phase("active")
 
     def next_round(self) -> None:
         """A new pass over guest memory began."""
@@ -74,14 +86,23 @@ class Meter:
 
     def tick(self, *, force: bool = False) -> None:
         """Report if it is time to."""
+        if not force and self.clock() - self._last[0] < INTERVAL:
+            return
+        if not self._reporting.acquire(blocking=force):
+            return
+        try:
+            self._report()
+        finally:
+            self._reporting.release()
+
+    def _report(self) -> None:
         at = self.clock()
         since, transferred = self._last
-        if not force and at - since < INTERVAL:
-            return
         with self._lock:
             moved = self.now.transferred - transferred
             rate = moved / (at - since) if at > since else 0.0
-            self.now = replace(self.now, rate=rate, elapsed=at - self._started)
+            elapsed = 0.0 if self._started is None else at - self._started
+            self.now = replace(self.now, rate=rate, elapsed=elapsed)
             self._last = (at, self.now.transferred)
         if self.report is not None:
             self.report(self.now)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 from uuid import UUID
 
-from vmferry.errors import PeerError, UsageError
+from vmferry.errors import ChannelClosed, PeerError, UsageError
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
 from vmferry.wire.commands import OpenReturnPath, Ping
@@ -97,6 +97,8 @@ class Source:
         self._meter = meter or Meter()
         self._limit = RateLimit(self._options.bandwidth)
         self._pages: PageSender | None = None
+        self._channels: list[Channel] = []
+        self._cancelled = False
         taken = machine.numbers
         free = (number for number in range(1 << 20) if number not in taken)
         self._disk, self._ram, self._bitmap = (next(free) for _ in range(3))
@@ -109,6 +111,13 @@ class Source:
 
     def run(self) -> None:
         """Send everything and hear that it was loaded, where the transport has a way back."""
+        try:
+            self._run()
+        except BaseException:
+            self._meter.phase("failed")
+            raise
+
+    def _run(self) -> None:
         with ExitStack() as cleanup:
             self._main = self._open(cleanup)
             self._main.name = "main"
@@ -119,8 +128,23 @@ class Source:
             self._main.end_of_data()
             self._meter.phase("completed" if self._main.duplex else "sent")
 
+    def cancel(self) -> None:
+        """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
+
+        A connection attempt in progress ends first.  In the phase ``loading`` the destination may
+        have the machine already, and this side does not hear of it.
+        """
+        self._cancelled = True
+        for channel in list(self._channels):
+            channel.shutdown()
+
     def _open(self, cleanup: ExitStack) -> Channel:
-        return cleanup.enter_context(limited(self._connect(), self._limit))
+        channel = cleanup.enter_context(limited(self._connect(), self._limit))
+        # Either this sees that it was cancelled, or whoever cancels sees the channel.
+        self._channels.append(channel)
+        if self._cancelled:
+            raise ChannelClosed("the migration was cancelled on this side")
+        return channel
 
     def _send_all(self, cleanup: ExitStack) -> None:
         machine = self._machine
@@ -158,7 +182,7 @@ class Source:
 
     def _send_starts(self) -> None:
         machine = self._machine
-        self._meter.phase("active", ram_total=sum(block.length for block in machine.blocks))
+        self._meter.active(sum(block.length for block in machine.blocks), machine.page_size)
         if machine.disks:
             self._section(_start(self._disk, DISK_SECTION), [DiskEnd()])
         self._ram_section(_start(self._ram, RAM_SECTION), [RamBlocks(tuple(machine.blocks))])
