@@ -139,6 +139,15 @@ class Cursor:
         return StreamError(expected, found, **place)
 
 
+def within(step: Parse[T], **place: Any) -> Parse[T]:
+    """The same step; errors that pass through learn what it knows of the place."""
+    try:
+        return (yield from step)
+    except StreamError as error:
+        error.within(**place)
+        raise
+
+
 class ChannelReader(ABC, Generic[E]):
     """Bytes of one channel in, events out.
 
@@ -188,7 +197,7 @@ class ChannelReader(ABC, Generic[E]):
         """Read the channel from its first byte to its last."""
 
 
-def decode_name(raw: bytes, what: str, offset: int) -> str:
+def decode_name(raw: bytes, what: str, offset: int | None = None) -> str:
     """*raw* as text; refused where it is empty, not UTF-8, or has control characters."""
     try:
         text = raw.decode("utf-8")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Final
 
-from ..errors import LimitExceeded, StreamError
+from vmferry.errors import LimitExceeded, StreamError
+
 from . import limits
-from .buffer import Cursor, Parse, decode_name, encode_name
+from .buffer import Cursor, Parse, decode_name, encode_name, within
 from .layout import Kind
 
 
@@ -143,8 +144,7 @@ class Package(Command):
 
     def encode(self) -> bytes:
         """The command with its content."""
-        head = bytes([Kind.COMMAND]) + self.number.to_bytes(2) + (4).to_bytes(2)
-        return head + self.payload() + bytes(self.content)
+        return Command.encode(self) + bytes(self.content)
 
 
 def _ping(payload: bytes) -> Command:
@@ -172,27 +172,28 @@ def _discard(payload: bytes) -> Command:
     for start, length in ranges:
         if length == 0 or start + length > 1 << 64:
             raise StreamError("a range of one or more bytes below 2^64", f"{start:#x}+{length:#x}")
-    return RamDiscard(decode_name(name, "the name of a RAM block", 0), ranges)
+    return RamDiscard(decode_name(name, "the name of a RAM block"), ranges)
 
 
 def _bitmap(payload: bytes) -> Command:
     if payload[0] != len(payload) - 1:
         raise StreamError(f"a name of {len(payload) - 1} bytes", f"length byte {payload[0]}")
-    return ReceivedBitmap(decode_name(payload[1:], "the name of a RAM block", 0))
+    return ReceivedBitmap(decode_name(payload[1:], "the name of a RAM block"))
 
 
 def _bare(command: type[Command]) -> tuple[range, Callable[[bytes], Command]]:
     return range(1), lambda _payload: command()
 
 
-# Number: allowed lengths of the payload, and its reader.  PACKAGED is read apart.
-_COMMANDS: dict[int, tuple[range, Callable[[bytes], Command]]] = {
+# Number: allowed lengths of the payload, and its reader; a package has more behind it.
+_COMMANDS: Final[dict[int, tuple[range, Callable[[bytes], Command] | None]]] = {
     OpenReturnPath.number: _bare(OpenReturnPath),
     Ping.number: (range(4, 5), _ping),
     PostcopyAdvise.number: (range(0, 17, 16), _advise),
     PostcopyListen.number: _bare(PostcopyListen),
     PostcopyRun.number: _bare(PostcopyRun),
     RamDiscard.number: (range(20, 1 << 16), _discard),
+    Package.number: (range(4, 5), None),
     EnableColo.number: _bare(EnableColo),
     PostcopyResume.number: _bare(PostcopyResume),
     ReceivedBitmap.number: (range(2, 257), _bitmap),
@@ -202,31 +203,33 @@ _COMMANDS: dict[int, tuple[range, Callable[[bytes], Command]]] = {
 
 def parse_command(at: Cursor) -> Parse[Command]:
     """Read a command; the cursor stands on its type byte."""
-    offset = at.buffer.offset
+    return (yield from within(_command(at), offset=at.buffer.offset))
+
+
+def _command(at: Cursor) -> Parse[Command]:
     at.buffer.advance(1)
     number = yield from at.number(2, "a command")
-    if number != Package.number and number not in _COMMANDS:
-        raise at.fail("a command from 1 to 11", str(number), offset=offset)
+    if number not in _COMMANDS:
+        raise StreamError("a command from 1 to 11", str(number))
     size = yield from at.number(2, "the length of a command")
-    lengths, read = _COMMANDS.get(number, (range(4, 5), _ping))
+    lengths, read = _COMMANDS[number]
     if size not in lengths:
-        allowed = " or ".join(map(str, lengths)) if len(lengths) < 3 else f"{lengths.start} or more"
-        raise at.fail(f"{allowed} bytes for command {number}", str(size), offset=offset)
-    if number == Package.number:
+        raise StreamError(f"{_either(lengths)} bytes for command {number}", str(size))
+    if read is None:
         return (yield from _package(at))
-    payload = yield from at.take(size, f"command {number}")
-    try:
-        return read(payload)
-    except StreamError as error:
-        error.place = type(error.place)(offset=offset)
-        raise
+    return read((yield from at.take(size, f"command {number}")))
+
+
+def _either(lengths: range) -> str:
+    if len(lengths) < 3:
+        return " or ".join(map(str, lengths))
+    return f"{lengths.start} to {lengths.stop - 1}"
 
 
 def _package(at: Cursor) -> Parse[Package]:
-    offset = at.buffer.offset
     size = yield from at.number(4, "the length of the package")
-    if size > limits.PACKAGE:
-        raise LimitExceeded(f"a package of at most {limits.PACKAGE} bytes", str(size), offset=offset)
+    if not 1 <= size <= limits.PACKAGE:
+        raise LimitExceeded(f"a package of 1 to {limits.PACKAGE} bytes", str(size))
     yield from at.need(size, "the package")
     package = Package(at.buffer.peek(size), at.buffer.offset)
     at.buffer.advance(size)

@@ -6,18 +6,20 @@ length, then up to three subsections in this order, each without footer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Final
 from uuid import UUID
 
-from ..errors import LimitExceeded, printable
+from vmferry.errors import LimitExceeded, printable
+
 from . import limits
-from .buffer import Cursor, Parse, decode_name, encode_name
+from .buffer import Cursor, Parse, decode_name, encode_name, within
 from .layout import Kind
 
-_PAGE_BITS = "configuration/target-page-bits"
-_CAPABILITIES = "configuration/capabilities"
-_UUID = "configuration/uuid"
-_ORDER = (_PAGE_BITS, _CAPABILITIES, _UUID)
+_PAGE_BITS: Final = "configuration/target-page-bits"
+_CAPABILITIES: Final = "configuration/capabilities"
+_UUID: Final = "configuration/uuid"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ def _subsection(name: str) -> bytes:
 
 def parse_configuration(at: Cursor) -> Parse[Configuration]:
     """Read the section; the cursor stands on its type byte."""
+    return (yield from within(_configuration(at), section="configuration"))
+
+
+def _configuration(at: Cursor) -> Parse[Configuration]:
     at.buffer.advance(1)
     offset = at.buffer.offset
     size = yield from at.number(4, "the length of the machine type")
@@ -63,36 +69,27 @@ def parse_configuration(at: Cursor) -> Parse[Configuration]:
         )
     raw = yield from at.take(size, "the machine type")
     machine = decode_name(raw, "the machine type", offset)
-    found: dict[str, int | tuple[str, ...] | UUID] = {}
+    found: dict[str, Any] = {}
     while (yield from at.peek_number(1, "a section type")) == Kind.SUBSECTION:
-        name = yield from _subsection_name(at, found)
-        match name:
-            case "configuration/target-page-bits":
-                found[name] = yield from _page_bits(at)
-            case "configuration/capabilities":
-                found[name] = yield from _capabilities(at)
-            case _:
-                found[name] = UUID(bytes=(yield from at.take(16, "the UUID")))
-    bits, capabilities, uuid = (found.get(name) for name in _ORDER)
+        name = yield from _subsection_name(at, list(found))
+        found[name] = yield from _SUBSECTIONS[name](at)
     return Configuration(
-        machine,
-        bits if isinstance(bits, int) else None,
-        capabilities if isinstance(capabilities, tuple) else (),
-        uuid if isinstance(uuid, UUID) else None,
+        machine, found.get(_PAGE_BITS), found.get(_CAPABILITIES, ()), found.get(_UUID)
     )
 
 
-def _subsection_name(at: Cursor, seen: dict[str, int | tuple[str, ...] | UUID]) -> Parse[str]:
+def _subsection_name(at: Cursor, before: list[str]) -> Parse[str]:
     offset = at.buffer.offset
     at.buffer.advance(1)
     name = yield from at.name("the name of a subsection")
-    allowed = _ORDER[max((_ORDER.index(name) + 1 for name in seen), default=0) :]
+    order = list(_SUBSECTIONS)
+    allowed = order[order.index(before[-1]) + 1 :] if before else order
     if name not in allowed:
         expected = " or ".join(map(printable, allowed)) or "no further subsection"
-        raise at.fail(expected, printable(name), offset=offset, section="configuration")
+        raise at.fail(expected, printable(name), offset=offset)
     version = yield from at.number(4, "the version of a subsection")
     if version != 1:
-        raise at.fail(f"version 1 of {name}", str(version), offset=offset, section="configuration")
+        raise at.fail(f"version 1 of {name}", str(version), offset=offset)
     return name
 
 
@@ -119,3 +116,15 @@ def _capabilities(at: Cursor) -> Parse[tuple[str, ...]]:
             raise at.fail("each capability once", printable(name), offset=offset)
         names.append(name)
     return tuple(names)
+
+
+def _uuid(at: Cursor) -> Parse[UUID]:
+    return UUID(bytes=(yield from at.take(16, "the UUID")))
+
+
+# In the order in which they are sent.
+_SUBSECTIONS: Final[dict[str, Callable[[Cursor], Parse[Any]]]] = {
+    _PAGE_BITS: _page_bits,
+    _CAPABILITIES: _capabilities,
+    _UUID: _uuid,
+}

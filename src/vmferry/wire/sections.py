@@ -12,10 +12,9 @@ from .buffer import Cursor, Parse, encode_name
 from .layout import MAGIC, VERSION, Kind
 
 
+@dataclass(frozen=True, slots=True)
 class Header:
     """The first eight bytes: magic and version 3."""
-
-    __slots__ = ()
 
     def encode(self) -> bytes:
         """The header as on the wire."""
@@ -72,10 +71,9 @@ class SectionFooter:
         return bytes([Kind.FOOTER]) + self.number.to_bytes(4)
 
 
+@dataclass(frozen=True, slots=True)
 class EndOfStream:
     """Everything was sent but the closing description."""
-
-    __slots__ = ()
 
     def encode(self) -> bytes:
         """One zero byte."""
