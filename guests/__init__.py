@@ -2,6 +2,6 @@
 
 from guests.check import check_ram
 from guests.serial import GuestError, Serial
-from guests.walker import walker
+from guests.walker import firmware, walker
 
-__all__ = ["GuestError", "Serial", "check_ram", "walker"]
+__all__ = ["GuestError", "Serial", "check_ram", "firmware", "walker"]

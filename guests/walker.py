@@ -1,9 +1,10 @@
 """The walker: a guest of 512 bytes that rewrites its memory, checks it, and says so.
 
-One image serves two ways to start, and behaves the same afterwards:
+One image serves three ways to start, and behaves the same afterwards:
 
 * a boot sector: ``-drive file=IMAGE,format=raw`` or a floppy; it enters protected mode itself;
-* a multiboot kernel: ``-kernel IMAGE``, on every x86 machine, ``microvm`` included.
+* a multiboot kernel: ``-kernel IMAGE``, on every x86 machine, ``microvm`` included;
+* wrapped by :func:`firmware`, in place of a BIOS: ``-bios FIRMWARE``; nothing else is in memory.
 
 Life of the guest: fill ``fill`` pages from ``start`` with pseudo-random words, then for ever walk
 over ``pages`` pages from ``start``.  In the first pass it stamps every page; in each later pass it
@@ -214,6 +215,23 @@ put:                            ; al to the serial port
     c3                          ; ret
 """
 
+# At F000:0200 in a firmware whose first 512 bytes are the boot sector; entered by the reset vector.
+_FIRMWARE = """
+    fa                          ; cli
+    fc                          ; cld
+    8c c8                       ; mov ax, cs
+    8e d8                       ; mov ds, ax
+    31 c0                       ; xor ax, ax
+    8e c0                       ; mov es, ax
+    31 f6                       ; xor si, si
+    bf {ORIGIN.w}               ; mov di, ORIGIN
+    b9 00 01                    ; mov cx, 256
+    f3 a5                       ; rep movsw
+    ea {ORIGIN.w} 00 00         ; jmp 0:ORIGIN
+"""
+_RESET = bytes.fromhex("ea 0002 00f0")  # jmp F000:0200
+_FIRMWARE_SIZE = 64 << 10
+
 
 def walker(
     *,
@@ -263,3 +281,9 @@ def walker(
         },
     )
     return code.ljust(_SECTOR - 2, b"\0") + b"\x55\xaa"
+
+
+def firmware(image: bytes) -> bytes:
+    """A BIOS of 64 KiB that does nothing but start *image*, a boot sector."""
+    loader = assemble(_FIRMWARE, origin=_SECTOR, parameters={"ORIGIN": ORIGIN})
+    return (image + loader).ljust(_FIRMWARE_SIZE - 16, b"\0") + _RESET.ljust(16, b"\0")

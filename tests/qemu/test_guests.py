@@ -18,7 +18,7 @@ from vmferry.qemu import QemuProcess
 Start = Callable[..., QemuProcess]
 
 MIB = 1 << 20
-PC = ("-machine", "pc", "-nodefaults", "-m", "8")
+PC = ("-machine", "pc", "-nodefaults", "-m", "8200k")  # see Scenario.ram_size
 
 
 def memory(vm: QemuProcess, size: int = 8 * MIB) -> np.ndarray:
