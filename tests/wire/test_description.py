@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import random
 from typing import Any
 
 import pytest
@@ -241,7 +241,7 @@ NESTED = d.vmsd("dev", d.struct("in", d.vmsd("in", subsections=(SUB,))), subsect
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 8, 12, 14, 15])
 def test_a_subsection_that_is_not_where_it_is_described_is_refused(offset: int) -> None:
-    body = bytearray(d.fill(NESTED, random.Random(1)))
+    body = bytearray(d.fill(NESTED, 1))
     body[offset] ^= 1
     (device,) = parse(d.device("dev", NESTED)).devices
     with pytest.raises(StreamError, match="dev/sub"):
@@ -271,9 +271,6 @@ def test_mutated_descriptions_raise_nothing_else(data: st.DataObject) -> None:
                 text[at:at] = data.draw(st.sampled_from([b"0", b"99999999", b"-1", b"1e9"]))
         if not text:
             break
-    try:
-        found = parse_description(bytes(text))
-        for device in found.devices:
+    with contextlib.suppress(StreamError):
+        for device in parse_description(bytes(text)).devices:
             body_size(device, bytes(1000))
-    except StreamError as error:
-        assert str(error)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Final
 
 from vmferry.errors import LimitExceeded, StreamError, TruncatedStream, printable
@@ -118,7 +119,7 @@ def split_devices(
     sections: list[DeviceSection] = []
     at = 0
     devices = description.devices[early:]
-    for device, following in zip(devices, (*devices[1:], None), strict=True):
+    for device, following in zip_longest(devices, devices[1:]):
         try:
             section = _cut(raw, at, device, following, footers=footers, offset=offset)
         except StreamError as error:
@@ -268,9 +269,10 @@ def goes_on(data: bytes | memoryview, at: int, numbers: Collection[int] = ()) ->
     rest = bytes(data[at : at + 14 + 255])
     kind = rest[0] if rest else None
     if kind in (Kind.START, Kind.FULL) and len(rest) >= 6:
-        size = rest[5]
-        printable_name = _PRINTABLE.fullmatch(rest[6 : 6 + size]) is not None
-        return None if printable_name and len(rest) < 14 + size else printable_name
+        name = rest[6 : 6 + rest[5]]
+        if rest[5] == 0 or (name and not _PRINTABLE.fullmatch(name)):
+            return False
+        return True if len(rest) >= 14 + rest[5] else None
     if kind in (Kind.PART, Kind.END) and len(rest) >= 5:
         return int.from_bytes(rest[1:5]) in numbers
     if kind == Kind.COMMAND and len(rest) >= 5:
