@@ -20,13 +20,17 @@ A message says what was expected, what was found, where, and where it helps what
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class VmferryError(Exception):
     """Base of everything that vmferry raises on purpose."""
 
     exit_status: ClassVar[int] = 1
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``json.dumps``: ``kind``, the name of the class, and ``message``."""
+        return {"kind": type(self).__name__, "message": str(self)}
 
 
 class UsageError(VmferryError):
@@ -103,6 +107,18 @@ class StreamError(VmferryError):
         """Add what an outer layer knows of the place; what is known already stays."""
         self.place = self.place.or_else(Place(channel, offset, section, block))
         return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Also ``expected``, ``found``, ``advice`` and the place; ``null`` where not known."""
+        return super().to_json() | {
+            "expected": self.expected,
+            "found": self.found,
+            "advice": self.advice,
+            "channel": self.place.channel,
+            "offset": self.place.offset,
+            "section": self.place.section,
+            "block": self.place.block,
+        }
 
     def __str__(self) -> str:
         text = f"expected {self.expected}, found {self.found}"

@@ -256,6 +256,7 @@ class Checkpoint:
             bitmaps=[record for record in self.bitmaps if isinstance(record, BitmapStart)],
             devices=list(self.device_sections),
             description=parse_description(description) if description else None,
+            created=manifest.created or None,
         )
 
     # Checks

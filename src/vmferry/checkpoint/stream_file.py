@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -53,6 +54,11 @@ def open_stream(
             raise
         surveyor.survey.error = error
     return surveyor.finish()
+
+
+def _command_name(command: Command) -> str:
+    """``open-return-path`` for an OpenReturnPath."""
+    return re.sub(r"\B(?=[A-Z])", "-", type(command).__name__).lower()
 
 
 class _Surveyor:
@@ -167,11 +173,11 @@ class _Surveyor:
 
     def _command(self, command: Command) -> None:
         self._open = None
-        self.survey.commands[type(command).__name__] += 1
+        self.survey.commands[_command_name(command)] += 1
         match command:
             case OpenReturnPath():
                 self._features.add("return-path")
-            case PostcopyAdvise():
+            case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps
                 self._features.add("postcopy-ram")
             case Package():
                 inner = memoryview(command.content)[_LISTEN:]

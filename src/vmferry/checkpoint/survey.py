@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from vmferry.wire.configuration import Configuration
 from vmferry.wire.description import DeviceDescription, VmDescription
 from vmferry.wire.devices import DeviceRegion, DeviceSection
 from vmferry.wire.ram import RamBlock, RamPages
+
+SCHEMA: Final = 1
+"""The version of what :meth:`Survey.to_json` returns; ``docs/inspect-json.md`` has it in full."""
 
 KINDS: Final = {PAGE: "normal", ZERO: "zero", XBZRLE: "xbzrle", COMPRESS: "compressed"}
 """Kinds of page records, by flag."""
@@ -44,6 +47,12 @@ class BlockSurvey:
     zero_pages: int
     unsent_pages: int = 0
     records: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        counts = asdict(self)
+        block: dict[str, Any] = counts.pop("block")
+        return {"name": block.pop("name"), "size": block.pop("length")} | block | counts
 
 
 @dataclass(slots=True)
@@ -78,6 +87,7 @@ class Survey:
 
     ``size`` is in bytes, of the whole stream or of all files; ``trailing`` is how many bytes stand
     behind the end of the stream.  ``capabilities`` are the source's as far as they show.
+    ``commands`` counts them by name.  ``created`` is when a checkpoint was made, in ISO 8601.
     ``error`` is what is wrong with a stream that was read as far as it could be.
     """
 
@@ -95,6 +105,7 @@ class Survey:
     bitmaps: list[BitmapStart] = field(default_factory=list)
     devices: list[DeviceSection | DeviceRegion] = field(default_factory=list)
     description: VmDescription | None = None
+    created: str | None = None
     error: StreamError | None = None
 
     @property
@@ -107,18 +118,65 @@ class Survey:
 
         A device is named as its section, or with its instance behind a colon: ``cpu``, ``cpu:1``.
         """
-        described = self._described()
+        for _, state in self.decoded(pattern):
+            yield state
+
+    def decoded(
+        self, pattern: str = "*"
+    ) -> Iterator[tuple[DeviceSection | DeviceRegion, DeviceState]]:
+        """As :meth:`states`, with the section that each came in.
+
+        Devices that nothing tells apart are one, named ``devices``, and stay bytes.
+        """
+        listed = self.description.devices if self.description else ()
+        described = {(device.name, device.instance): device for device in listed}
         for section in self.devices:
-            if not isinstance(section, DeviceSection):
-                continue
-            key = (section.name, section.instance)
+            if isinstance(section, DeviceSection):
+                key, start = (section.name, section.instance), section.body_offset
+            else:
+                key, start = (section.name, 0), section.offset
             if any(fnmatchcase(name, pattern) for name in (key[0], f"{key[0]}:{key[1]}")):
                 device = described.get(key) or DeviceDescription(*key, None, len(section.body))
-                yield decode_device(device, section.body, section.body_offset)
+                yield section, decode_device(device, section.body, start)
 
-    def _described(self) -> dict[tuple[str, int], DeviceDescription]:
-        devices = self.description.devices if self.description else ()
-        return {(device.name, device.instance): device for device in devices}
+    def to_json(self, pattern: str = "*") -> dict[str, Any]:
+        """Plain data for ``json.dumps``, with the devices that :meth:`states` gives for *pattern*.
+
+        Everything but the bytes of guest memory and disks.
+        """
+        configuration = self.configuration
+        uuid = configuration.uuid if configuration else None
+        return {
+            "schema": SCHEMA,
+            "source": self.source,
+            "size": self.size,
+            "trailing": self.trailing,
+            "created": self.created,
+            "machine": self.machine,
+            "uuid": str(uuid) if uuid else None,
+            "page_size": self.page_size,
+            "footers": self.footers,
+            "capabilities": sorted(self.capabilities),
+            "ram": [block.to_json() for block in self.blocks],
+            "sections": [asdict(section) for section in self.sections],
+            "commands": dict(self.commands),
+            "disks": [{"name": name} | asdict(disk) for name, disk in self.disks.items()],
+            "bitmaps": [_bitmap(start) for start in self.bitmaps],
+            "devices": [_device(*pair) for pair in self.decoded(pattern)],
+            "error": self.error.to_json() if self.error else None,
+        }
+
+
+def _bitmap(start: BitmapStart) -> dict[str, Any]:
+    flags = {"enabled": start.enabled, "persistent": start.persistent}
+    return {"node": start.node, "name": start.name, "granularity": start.granularity} | flags
+
+
+def _device(section: DeviceSection | DeviceRegion, state: DeviceState) -> dict[str, Any]:
+    decoded = state.to_json()
+    root = decoded.pop("state")
+    version = section.version if isinstance(section, DeviceSection) else None
+    return decoded | {"version": version, "reason": section.reason, "state": root}
 
 
 @dataclass(slots=True)

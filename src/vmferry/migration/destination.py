@@ -209,7 +209,7 @@ class Destination:
                 if not self._reader.return_path:
                     raise PeerError("the source sent a ping but has opened no return path")
                 self._answer(Pong(command.value))
-            case PostcopyAdvise():
+            case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps
                 self._features.add("postcopy-ram")
             case EnableColo():
                 raise PeerError("the source wants COLO fault tolerance: turn x-colo off")

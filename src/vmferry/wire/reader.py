@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Final
 
-from vmferry.errors import StreamError, printable
+from vmferry.errors import StreamError, UsageError, printable
 
 from . import foreign
 from .bitmap import BitmapReader
@@ -96,6 +96,10 @@ class StreamReader(ChannelReader[Event]):
         tolerate: Tolerate = Tolerate.NOTHING,
     ) -> None:
         super().__init__(channel)
+        if page_size is not None and (
+            page_size & (page_size - 1) or not 1024 <= page_size <= 65536
+        ):
+            raise UsageError(f"a page has 1024 to 65536 bytes, a power of two; not {page_size}")
         self.configuration: Configuration | None = None
         self.description: VmDescription | None = None
         self.footers: bool | None = None
