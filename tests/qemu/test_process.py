@@ -55,6 +55,17 @@ def test_program_that_fails_to_start_shows_its_stderr(
         QemuProcess(NOTHING).__enter__()
 
 
+def test_file_that_is_no_program_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "data"
+    program.write_bytes(b"\0\1\2")
+    program.chmod(0o755)
+    monkeypatch.setenv("VMFERRY_QEMU", str(program))
+    with pytest.raises(UsageError, match=r"cannot start .*: Exec format error"):
+        QemuProcess(NOTHING).__enter__()
+
+
 @pytest.mark.qemu
 def test_qemu_refusing_its_options_says_which() -> None:
     with pytest.raises(PeerError, match=r"status 1: .*no-such-machine|unsupported machine"):

@@ -98,13 +98,16 @@ class QemuProcess:
                 *("-serial", "chardev:vmferry-serial"),
                 *self._arguments,
             ]
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
-                stderr=stderr,
-                pass_fds=(monitor_end.fileno(), serial_end.fileno(), *self._pass_fds),
-            )
+            try:
+                self._process = subprocess.Popen(
+                    self.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=stderr,
+                    stderr=stderr,
+                    pass_fds=(monitor_end.fileno(), serial_end.fileno(), *self._pass_fds),
+                )
+            except OSError as exc:
+                raise UsageError(f"cannot start {program}: {exc.strerror}") from exc
         cleanup.callback(self.stop)
         try:
             self.qmp = Qmp(monitor, timeout=self._timeout)

@@ -102,11 +102,6 @@ class Qmp:
                 ):
                     return _result(command, answer)
 
-    def hmp(self, line: str, *, timeout: float | None = None) -> str:
-        """The output of a command of the human monitor."""
-        output = self.execute("human-monitor-command", {"command-line": line}, timeout=timeout)
-        return output if isinstance(output, str) else ""
-
     def wait_event(self, *names: str, timeout: float | None = None) -> Object:
         """The oldest event not yet taken whose name is in *names* (any event without names).
 
@@ -156,7 +151,7 @@ class Qmp:
 
     def _send(self, data: bytes, deadline: float, command: str) -> None:
         try:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.settimeout(_remaining(deadline, command))
             self._socket.sendall(data)
         except TimeoutError as exc:
             self.close()  # half a command may be out
@@ -180,15 +175,27 @@ class Qmp:
 
     def _receive(self, deadline: float, wanted: str) -> bytes:
         try:
-            self._socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self._socket.settimeout(_remaining(deadline, wanted))
             data = self._socket.recv(65536)
         except TimeoutError as exc:
-            raise TransportError(f"QMP stayed silent: no sign of {wanted} in time") from exc
+            raise _late(wanted) from exc
         except OSError as exc:
             raise TransportError(f"the QMP connection broke: {exc.strerror or exc}") from exc
         if not data:
             raise TransportError(f"QMP closed the connection; expected {wanted}")
         return data
+
+
+def _remaining(deadline: float, wanted: str) -> float:
+    """Seconds until *deadline*; an error when it has passed, however busy the connection is."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise _late(wanted)
+    return seconds
+
+
+def _late(wanted: str) -> TransportError:
+    return TransportError(f"QMP stayed silent: no sign of {wanted} in time")
 
 
 def _connect(address: str, timeout: float) -> socket.socket:
