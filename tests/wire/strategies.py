@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from tests.pages.twins import COMPRESS, CONTINUE, PAGE, XBZRLE, ZERO, record
+from vmferry.wire.buffer import encode_name
 from vmferry.wire.commands import (
     EnableColo,
     OpenReturnPath,
@@ -18,6 +20,7 @@ from vmferry.wire.commands import (
     SwitchoverStart,
 )
 from vmferry.wire.configuration import Configuration
+from vmferry.wire.ram import RamBlock, RamBlocks, RamEnd, RamFlush
 
 names = st.one_of(
     st.sampled_from(("pc.ram", "pc.rom", "a", "ü", "n" * 255)),
@@ -58,3 +61,26 @@ commands = st.one_of(
     st.builds(ReceivedBitmap, names),
     st.builds(Package, st.binary(min_size=1, max_size=600), st.just(9)),
 )
+
+
+@st.composite
+def ram_bodies(draw):
+    """A block list and pages: the page size, the bytes, and *(block, word, payload)* of each page."""
+    page_size = draw(st.sampled_from((1024, 1024, 4096)))
+    sizes = draw(st.dictionaries(names, st.integers(1, 5), min_size=1, max_size=4))
+    blocks = RamBlocks(tuple(RamBlock(name, n * page_size) for name, n in sizes.items()))
+    out, expected, current = [blocks.encode()], [], None
+    for _ in range(draw(st.integers(0, 12))):
+        name = draw(st.sampled_from(list(sizes)))
+        kind = draw(st.sampled_from((ZERO, ZERO, PAGE, XBZRLE, COMPRESS)))
+        most = {ZERO: 1, PAGE: page_size}.get(kind)
+        size = most or draw(st.integers(0, page_size))
+        payload = bytes([0 if kind == ZERO else draw(st.integers(0, 255))]) * size
+        offset = draw(st.integers(0, sizes[name] - 1)) * page_size
+        named = name != current or draw(st.booleans())
+        out.append(record(kind, offset, payload, encode_name(name) if named else None))
+        expected.append((name, offset | kind | (0 if named else CONTINUE), payload))
+        current = name
+        if draw(st.integers(0, 9)) == 0:
+            out.append(RamFlush().encode())
+    return page_size, b"".join(out) + RamEnd().encode(), expected

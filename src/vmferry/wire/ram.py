@@ -11,19 +11,27 @@ from typing import Final
 
 import numpy as np
 
-from ..errors import LimitExceeded, StreamError, printable
-from ..pages import (
+from vmferry.errors import LimitExceeded, StreamError, printable
+from vmferry.pages import (
+    COMPRESS,
     CONTINUE,
     KINDS,
+    PAGE,
     ROW,
+    XBZRLE,
+    ZERO,
     Rows,
     compress_bound,
     pack_records,
     scan_records,
 )
+
 from . import limits
-from .buffer import Cursor, Parse, encode_name
+from .buffer import Cursor, Parse, encode_name, within
 from .layout import RAM_END, RAM_FLUSH, RAM_FULL, RAM_HOOK, RAM_SIZES
+
+# Bytes of each kind of page between the name of its block and its payload.
+_HEADS: Final = {PAGE: 0, ZERO: 1, XBZRLE: 3, COMPRESS: 4}
 
 BATCH: Final = 4096
 """Records in one batch at the most: 16 MiB of pages, or zero records of as much."""
@@ -64,7 +72,7 @@ class RamBlocks:
         return (self.total | RAM_SIZES).to_bytes(8) + b"".join(b.encode() for b in self.blocks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RamPages:
     """A batch of page records of one block, in stream order; no object stands for a page.
 
@@ -98,20 +106,18 @@ class RamPages:
         return bytes(memoryview(out)[:size])
 
 
+@dataclass(frozen=True, slots=True)
 class RamFlush:
     """All multifd channels must have delivered what they were sent (QEMU 8.1)."""
-
-    __slots__ = ()
 
     def encode(self) -> bytes:
         """The record as on the wire."""
         return RAM_FLUSH.to_bytes(8)
 
 
+@dataclass(frozen=True, slots=True)
 class RamEnd:
     """The end of this section's records; with multifd before QEMU 8.1 also a flush."""
-
-    __slots__ = ()
 
     def encode(self) -> bytes:
         """The record as on the wire."""
@@ -123,7 +129,8 @@ class RamReader:
     """Reads the bodies of `ram` sections; remembers the blocks and the current one.
 
     ``page_size`` is the target page in bytes.  ``addresses`` says that entries of the block list
-    carry guest addresses, ``huge_pages`` that they may carry page sizes.
+    carry guest addresses, ``huge_pages`` that they may carry page sizes, ``postcopy`` that pages
+    are placed whole from now on.
     """
 
     page_size: int
@@ -131,6 +138,7 @@ class RamReader:
     addresses: bool = False
     huge_pages: bool = False
     blocks: dict[str, RamBlock] = field(default_factory=dict)
+    postcopy: bool = False
     _current: RamBlock | None = None
     _name: bytes = b""
     _rows: Rows = field(default_factory=lambda: np.zeros(BATCH, ROW))
@@ -140,20 +148,19 @@ class RamReader:
         while True:
             word = yield from at.peek_number(8, "a record of guest memory")
             flags = word & (self.page_size - 1)
-            if flags & KINDS:
+            if flags & ~CONTINUE in _HEADS:
                 yield from self._pages(at, word)
-                continue
-            if flags == RAM_SIZES:
+            elif flags == RAM_SIZES:
                 yield (yield from self._block_list(at))
-                continue
-            if word == RAM_END:
+            elif word == RAM_FLUSH:
+                at.buffer.advance(8)
+                yield RamFlush()
+            elif word == RAM_END:
                 at.buffer.advance(8)
                 yield RamEnd()
                 return
-            if word != RAM_FLUSH:
+            else:
                 raise self._unknown(at, word)
-            at.buffer.advance(8)
-            yield RamFlush()
 
     def _unknown(self, at: Cursor, word: int) -> StreamError:
         flags = word & (self.page_size - 1)
@@ -180,14 +187,18 @@ class RamReader:
                 offset=offset,
                 advice="allow more with --max-ram",
             )
+        if total == 0:
+            raise at.fail("one RAM block or more", "none", offset=offset)
         blocks: dict[str, RamBlock] = {}
         left = total
         while left:
+            offset = at.buffer.offset
             if len(blocks) == limits.RAM_BLOCKS:
-                raise LimitExceeded(f"at most {limits.RAM_BLOCKS} RAM blocks", "more", offset=offset)
+                raise LimitExceeded(f"at most {limits.RAM_BLOCKS} RAM blocks", "more")
             block = yield from self._block(at, left)
             if block.name in blocks:
-                raise at.fail("each RAM block once", f"{printable(block.name)} again", offset=offset)
+                again = f"{printable(block.name)} again"
+                raise at.fail("each RAM block once", again, offset=offset)
             blocks[block.name] = block
             left -= block.length
         self.blocks = blocks
@@ -209,6 +220,7 @@ class RamReader:
         if self.addresses:
             address = yield from at.number(8, "the address of a RAM block")
         elif self.huge_pages and (yield from self._has_page_size(at, last=length == left)):
+            offset = at.buffer.offset
             page_size = yield from at.number(8, "the page size of a RAM block")
             if page_size & (page_size - 1) or not 1024 <= page_size <= 1 << 40:
                 raise at.fail(
@@ -227,76 +239,79 @@ class RamReader:
     def _pages(self, at: Cursor, word: int) -> Parse[None]:
         if not word & CONTINUE:
             yield from self._switch_block(at, word)
-        if self._current is None:
+        block = self._current
+        if block is None:
             raise at.fail("a page that names its RAM block", "one that continues the block before")
-        buffer = at.buffer
-        view = buffer.view()
-        stop, count = scan_records(
-            view, 0, len(view), self.page_size, self._current.length, self._name, self._rows
-        )
-        if count == 0:
-            yield from self._await_record(at, word)
-            return
-        start = buffer.offset
-        buffer.advance(stop)
-        yield RamPages(self._current, self._rows[:count].copy(), view, self.page_size, start)
+        yield from within(self._batch(at, word, block), block=block.name)
 
     def _switch_block(self, at: Cursor, word: int) -> Parse[None]:
-        yield from at.need(9, "the name of a RAM block")
-        size = at.buffer.peek(9)[8]
-        yield from at.need(9 + size, "the name of a RAM block")
-        raw = bytes(at.buffer.peek(9 + size)[8:])
-        if raw == self._name:
+        size = 9 + (yield from at.peek_number(9, "the name of a RAM block")) % 256
+        yield from at.need(size, "the name of a RAM block")
+        name = bytes(at.buffer.peek(size)[8:])
+        if name == self._name:
             return
-        block = self.blocks.get(raw[1:].decode("utf-8", "replace"))
+        block = self.blocks.get(name[1:].decode("utf-8", "surrogateescape"))
         if block is None:
             raise at.fail(
                 "the name of a RAM block from the list before",
-                printable(raw[1:]),
+                printable(name[1:]),
                 advice=f"the record is {word:#018x}",
             )
-        self._current, self._name = block, raw
+        self._current, self._name = block, name
 
-    def _await_record(self, at: Cursor, word: int) -> Parse[None]:
+    def _batch(self, at: Cursor, word: int, block: RamBlock) -> Parse[None]:
+        if self.postcopy and word & XBZRLE:
+            raise at.fail("a whole page, in postcopy", "an XBZRLE page")
+        buffer, rows = at.buffer, self._rows
+        view = buffer.view()
+        stop, count = scan_records(
+            view, 0, len(view), self.page_size, block.length, self._name, rows
+        )
+        if self.postcopy:
+            stop, count = self._before_delta(stop, count)
+        if count == 0:
+            yield from self._await_record(at, word, block)
+            return
+        start = buffer.offset
+        buffer.advance(stop)
+        yield RamPages(block, rows[:count].copy(), view, self.page_size, start)
+
+    def _before_delta(self, stop: int, count: int) -> tuple[int, int]:
+        """Where the records that were scanned, but for the first, come to an XBZRLE page."""
+        deltas = np.flatnonzero(self._rows["word"][:count] & np.uint64(XBZRLE))
+        if not len(deltas):
+            return stop, count
+        last = self._rows[deltas[0] - 1]
+        return int(last["position"] + last["length"]), int(deltas[0])
+
+    def _await_record(self, at: Cursor, word: int, block: RamBlock) -> Parse[None]:
         """Wait for the whole of a record that the kernel left, or say what is wrong with it."""
-        block = self._current
-        name = 0 if word & CONTINUE else len(self._name)
-        if block is not None and word & -self.page_size > block.length - self.page_size:
+        offset, kind = word & -self.page_size, word & KINDS
+        if offset > block.length - self.page_size:
             raise at.fail(
-                f"a page below {block.length:#x}, the end of its block",
-                f"one at {word & -self.page_size:#x}",
-                block=block.name,
+                f"a page below {block.length:#x}, the end of its block", f"one at {offset:#x}"
             )
-        head = 8 + name
-        match word & (self.page_size - 1) & ~CONTINUE:
-            case 0x008:
-                head += self.page_size
-            case 0x002:
-                head += 1
-                yield from at.need(head, "a zero page")
-                if fill := at.buffer.peek(head)[-1]:
-                    raise at.fail("a zero page filled with 0", f"{fill:#04x}")
-            case 0x040:
-                yield from at.need(head + 3, "an XBZRLE page")
-                encoding, *size = at.buffer.peek(head + 3)[head:]
-                length = int.from_bytes(bytes(size))
-                if encoding != 1 or length > self.page_size:
-                    raise at.fail(
-                        f"XBZRLE encoding 1 with at most {self.page_size} bytes",
-                        f"encoding {encoding} with {length} bytes",
-                    )
-                head += 3 + length
-            case 0x100:
-                yield from at.need(head + 4, "a compressed page")
-                length = int.from_bytes(at.buffer.peek(head + 4)[head:])
-                if length > compress_bound(self.page_size):
-                    raise LimitExceeded(
-                        f"at most {compress_bound(self.page_size)} bytes of one page compressed",
-                        str(length),
-                        offset=at.buffer.offset,
-                    )
-                head += 4 + length
-            case _:
-                raise self._unknown(at, word)
-        yield from at.need(head, "a page")
+        size = 8 + (0 if word & CONTINUE else len(self._name))
+        yield from at.need(size + _HEADS[kind], "the head of a page")
+        head = bytes(at.buffer.peek(size + _HEADS[kind])[size:])
+        yield from at.need(size + len(head) + self._payload(at, kind, head), "a page")
 
+    def _payload(self, at: Cursor, kind: int, head: bytes) -> int:
+        """Bytes behind the *head* of a page, which stands behind word and name."""
+        if kind == PAGE:
+            return self.page_size
+        if kind == ZERO:
+            if head != b"\0":
+                raise at.fail("a zero page filled with 0", f"one filled with {head[0]:#04x}")
+            return 0
+        if kind == XBZRLE:
+            most, length = self.page_size, int.from_bytes(head[1:])
+            if head[0] != 1:
+                raise at.fail("XBZRLE encoding 1", f"encoding {head[0]}")
+        else:
+            most, length = compress_bound(self.page_size), int.from_bytes(head)
+        if length > most:
+            raise LimitExceeded(
+                f"at most {most} bytes of an encoded page", str(length), offset=at.buffer.offset
+            )
+        return length
