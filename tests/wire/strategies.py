@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from tests.pages.twins import COMPRESS, CONTINUE, PAGE, XBZRLE, ZERO, record
+from vmferry.wire.bitmap import BitmapBits, BitmapComplete, BitmapsEnd, BitmapStart
 from vmferry.wire.buffer import encode_name
 from vmferry.wire.commands import (
     EnableColo,
@@ -20,6 +21,8 @@ from vmferry.wire.commands import (
     SwitchoverStart,
 )
 from vmferry.wire.configuration import Configuration
+from vmferry.wire.disk import DiskChunk, DiskEnd, DiskProgress
+from vmferry.wire.layout import BitmapFlag
 from vmferry.wire.ram import RamBlock, RamBlocks, RamEnd, RamFlush
 
 names = st.one_of(
@@ -65,7 +68,7 @@ commands = st.one_of(
 
 @st.composite
 def ram_bodies(draw):
-    """A block list and pages: the page size, the bytes, and *(block, word, payload)* of each page."""
+    """A block list and pages: page size, bytes, and *(block, word, payload)* of each page."""
     page_size = draw(st.sampled_from((1024, 1024, 4096)))
     sizes = draw(st.dictionaries(names, st.integers(1, 5), min_size=1, max_size=4))
     blocks = RamBlocks(tuple(RamBlock(name, n * page_size) for name, n in sizes.items()))
@@ -84,3 +87,45 @@ def ram_bodies(draw):
         if draw(st.integers(0, 9)) == 0:
             out.append(RamFlush().encode())
     return page_size, b"".join(out) + RamEnd().encode(), expected
+
+
+_chunks = st.builds(
+    DiskChunk, names, st.integers(0, (1 << 43) - 1).map(lambda n: n * 2048), st.none()
+)
+disk_bodies = st.lists(_chunks | st.builds(DiskProgress, st.integers(0, 100)), max_size=8).map(
+    lambda records: [*records, DiskEnd()]
+)
+
+
+@st.composite
+def bitmap_bodies(draw):
+    """Records of one body of `dirty-bitmap`: some bitmaps, started, sent and completed."""
+    bitmaps = draw(st.lists(st.tuples(names, names), min_size=1, max_size=3, unique=True))
+    granularity = {key: 1 << draw(st.integers(9, 31)) for key in bitmaps}
+    records, before = [], ("", "")
+
+    def naming(key):
+        nonlocal before
+        flags = BitmapFlag(0)
+        for name, old, flag in zip(
+            key, before, (BitmapFlag.NODE_NAME, BitmapFlag.BITMAP_NAME), strict=True
+        ):
+            if name != old or draw(st.booleans()):
+                flags |= flag
+        before = key
+        return *key, flags
+
+    for key in bitmaps:
+        flags = draw(st.tuples(st.booleans(), st.booleans(), st.booleans()))
+        records.append(BitmapStart(*naming(key), granularity[key], *flags))
+    for key in draw(st.lists(st.sampled_from(bitmaps), max_size=6)):
+        unit = granularity[key] // 512
+        first = draw(st.integers(0, 1000)) * unit
+        sectors = min(draw(st.integers(1, 300)) * unit, (1 << 32) - 1)
+        size = (sectors + unit - 1) // unit + 7 >> 3
+        data = None
+        if draw(st.booleans()):
+            data = draw(st.binary(min_size=size, max_size=-(-size // 32) * 32))
+        records.append(BitmapBits(*naming(key), first, sectors, data))
+    records += [BitmapComplete(*naming(key)) for key in bitmaps]
+    return [*records, BitmapsEnd()]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from tests.wire import strategies as some
-from tests.wire.feeding import Steps, check_round_trip, check_truncation, read
+from tests.wire.feeding import Steps, check_truncation, read
 from vmferry.errors import LimitExceeded, StreamError
 from vmferry.wire.buffer import Cursor, Parse
 from vmferry.wire.configuration import Configuration, parse_configuration

@@ -74,8 +74,7 @@ OPTIONAL = [
     (
         {"addresses": True},
         (RamBlock("m0", 0x2000000, address=0), RamBlock("pc.bios", 0x40000, address=0xFFFC0000)),
-        "0000000002040004 02 6d30 0000000002000000 0000000000000000"
-        "07 70632e62696f73 0000000000040000 00000000fffc0000",
+        "0000000002040004 02 6d30 0000000002000000 0000000000000000 07 70632e62696f73 0000000000040000 00000000fffc0000",
     ),
 ]
 
@@ -148,7 +147,7 @@ def test_batch_has_a_limit():
 def test_rows_of_a_batch_stay_when_the_next_is_read():
     first = record(ZERO, 0, b"\0", b"\1a")
     reader = body(bodies=2)()
-    batch = [e for e in reader.feed(START[:-8] + first) if isinstance(e, RamPages)][0]
+    batch = next(e for e in reader.feed(START[:-8] + first) if isinstance(e, RamPages))
     list(reader.feed(record(ZERO, 3 * K, b"\0")))
     assert batch.rows["word"].tolist() == [ZERO]
 

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Final
 
-from ..errors import LimitExceeded, StreamError
+from vmferry.errors import LimitExceeded, StreamError
+
 from . import limits
-from .buffer import Cursor, Parse, encode_name
-from .layout import BitmapFlag
+from .buffer import Cursor, Parse, encode_name, within
+from .layout import SECTOR, BitmapFlag
 
-_NAMES = BitmapFlag.BITMAP_NAME | BitmapFlag.NODE_NAME
+_NAMES: Final = BitmapFlag.BITMAP_NAME | BitmapFlag.NODE_NAME
+_KINDS: Final = frozenset(
+    (
+        BitmapFlag.START,
+        BitmapFlag.COMPLETE,
+        BitmapFlag.BITS,
+        BitmapFlag.BITS | BitmapFlag.ZEROES,
+    )
+)
 _ENABLED, _PERSISTENT, _IGNORED = 1, 2, 4
+_SECTORS: Final = 1 << 54
+_PADDING: Final = 32
+"""A source fills up the bits of a record to a multiple of so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +95,9 @@ class BitmapComplete(BitmapRecord):
         return self._head(BitmapFlag.COMPLETE)
 
 
+@dataclass(frozen=True, slots=True)
 class BitmapsEnd:
     """The end of this section's records."""
-
-    __slots__ = ()
 
     def encode(self) -> bytes:
         """The record as on the wire."""
@@ -97,6 +109,7 @@ class BitmapReader:
     """Reads the bodies of `dirty-bitmap` sections; remembers the current node and bitmap."""
 
     started: dict[tuple[str, str], BitmapStart] = field(default_factory=dict)
+    _complete: set[tuple[str, str]] = field(default_factory=set)
     _node: str = ""
     _name: str = ""
 
@@ -105,40 +118,44 @@ class BitmapReader:
         while True:
             offset = at.buffer.offset
             flags = BitmapFlag((yield from at.number(1, "a bitmap record")))
-            names = flags & _NAMES
             if flags == BitmapFlag.EOS:
                 yield BitmapsEnd()
                 return
-            if names & BitmapFlag.NODE_NAME:
-                self._node = yield from at.name("the name of a node")
-            if names & BitmapFlag.BITMAP_NAME:
-                self._name = yield from at.name("the name of a bitmap")
-            if not self._node or not self._name:
+            if flags & ~_NAMES not in _KINDS:
                 raise at.fail(
-                    "the names of node and bitmap in the first record", "none", offset=offset
+                    "a bitmap record: start, bits, complete or end", f"{flags:#04x}", offset=offset
                 )
-            try:
-                yield (yield from self._record(at, flags & ~_NAMES, names))
-            except StreamError as error:
-                raise error.within(offset=offset, block=f"{self._node}/{self._name}") from None
+            yield from within(self._named(at, flags), offset=offset)
 
-    def _record(self, at: Cursor, flags: BitmapFlag, names: BitmapFlag) -> Parse[BitmapRecord]:
+    def _named(self, at: Cursor, flags: BitmapFlag) -> Parse[None]:
+        if not (self._node or flags & BitmapFlag.NODE_NAME) or not (
+            self._name or flags & BitmapFlag.BITMAP_NAME
+        ):
+            raise StreamError("the names of node and bitmap in the first record", "none")
+        if flags & BitmapFlag.NODE_NAME:
+            self._node = yield from at.name("the name of a node")
+        if flags & BitmapFlag.BITMAP_NAME:
+            self._name = yield from at.name("the name of a bitmap")
+        record = self._record(at, flags & ~_NAMES, flags & _NAMES)
+        yield (yield from within(record, block=f"{self._node}/{self._name}"))
+
+    def _record(self, at: Cursor, kind: BitmapFlag, names: BitmapFlag) -> Parse[BitmapRecord]:
         key = (self._node, self._name)
-        if flags == BitmapFlag.START:
-            start = yield from self._start(at, names)
+        if kind == BitmapFlag.START:
             if key in self.started:
                 raise StreamError("each bitmap started once", "a second start")
             if len(self.started) == limits.BITMAPS:
                 raise LimitExceeded(f"at most {limits.BITMAPS} bitmaps", "more")
-            self.started[key] = start
+            start = self.started[key] = yield from self._start(at, names)
             return start
-        if flags not in {BitmapFlag.COMPLETE, BitmapFlag.BITS, BitmapFlag.BITS | BitmapFlag.ZEROES}:
-            raise StreamError("a bitmap record: start, bits, complete or end", f"{flags:#04x}")
         if key not in self.started:
             raise StreamError("a bitmap that was started", "one that was not")
-        if flags == BitmapFlag.COMPLETE:
+        if key in self._complete:
+            raise StreamError("records of a bitmap before it was complete", "one behind that")
+        if kind == BitmapFlag.COMPLETE:
+            self._complete.add(key)
             return BitmapComplete(*key, names)
-        return (yield from self._bits(at, flags, names))
+        return (yield from self._bits(at, kind, names))
 
     def _start(self, at: Cursor, names: BitmapFlag) -> Parse[BitmapStart]:
         granularity = yield from at.number(4, "the granularity of a bitmap")
@@ -157,22 +174,25 @@ class BitmapReader:
             bool(flags & _IGNORED),
         )
 
-    def _bits(self, at: Cursor, flags: BitmapFlag, names: BitmapFlag) -> Parse[BitmapBits]:
+    def _bits(self, at: Cursor, kind: BitmapFlag, names: BitmapFlag) -> Parse[BitmapBits]:
+        granularity = self.started[self._node, self._name].granularity
         first = yield from at.number(8, "the first sector of a run of bits")
         sectors = yield from at.number(4, "the sectors of a run of bits")
-        if first > (1 << 54) or sectors == 0:
+        if first > _SECTORS or not 0 < sectors <= _SECTORS - first:
             raise StreamError("one or more sectors below 2^54", f"{sectors} from {first}")
+        if first % (granularity // SECTOR):
+            raise StreamError(f"a multiple of {granularity // SECTOR} sectors", str(first))
         data = None
-        if not flags & BitmapFlag.ZEROES:
-            data = yield from self._data(at, sectors)
+        if not kind & BitmapFlag.ZEROES:
+            bits = -(-sectors * SECTOR // granularity)
+            data = yield from self._data(at, sectors, -(-bits // 8))
         return BitmapBits(self._node, self._name, names, first, sectors, data)
 
-    def _data(self, at: Cursor, sectors: int) -> Parse[bytes]:
+    def _data(self, at: Cursor, sectors: int, least: int) -> Parse[bytes]:
         size = yield from at.number(8, "the size of a run of bits")
         if size > limits.BITMAP_DATA:
             raise LimitExceeded(f"at most {limits.BITMAP_DATA} bytes of bits", str(size))
-        granularity = self.started[self._node, self._name].granularity
-        needed = -(-sectors * 512 // granularity) + 7 >> 3
-        if size < needed:
-            raise StreamError(f"{needed} bytes or more for {sectors} sectors", str(size))
+        most = -(-least // _PADDING) * _PADDING
+        if not least <= size <= most:
+            raise StreamError(f"{least} to {most} bytes for {sectors} sectors", str(size))
         return (yield from at.take(size, "a run of bits"))

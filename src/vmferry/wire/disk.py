@@ -54,10 +54,9 @@ class DiskProgress:
         return _word(self.percent, DISK_PROGRESS)
 
 
+@dataclass(frozen=True, slots=True)
 class DiskEnd:
     """The end of this section's records."""
-
-    __slots__ = ()
 
     def encode(self) -> bytes:
         """The record as on the wire."""
