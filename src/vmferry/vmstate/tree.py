@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
-from vmferry.errors import UsageError
+from vmferry.errors import UsageError, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class DeviceState:
     def __getitem__(self, path: str) -> Node:
         node = self.get(path)
         if node is None:
-            raise UsageError(f"device {self.name} has no field {path}")
+            raise UsageError(f"device {printable(self.name)} has no field {printable(path)}")
         return node
 
     def walk(self) -> Iterator[tuple[str, Node]]:
