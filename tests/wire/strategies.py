@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import strategies as st
 
 from tests.pages.twins import COMPRESS, CONTINUE, PAGE, XBZRLE, ZERO, record
+from vmferry.pages.compression import Deflate, Plain, ZstdPack
 from vmferry.wire.bitmap import BitmapBits, BitmapComplete, BitmapsEnd, BitmapStart
 from vmferry.wire.buffer import encode_name
 from vmferry.wire.commands import (
@@ -23,7 +25,16 @@ from vmferry.wire.commands import (
 from vmferry.wire.configuration import Configuration
 from vmferry.wire.disk import DiskChunk, DiskEnd, DiskProgress
 from vmferry.wire.layout import BitmapFlag
+from vmferry.wire.multifd import Hello, Method, encode_header
 from vmferry.wire.ram import RamBlock, RamBlocks, RamEnd, RamFlush
+from vmferry.wire.return_path import (
+    HavePages,
+    Pong,
+    RequestPages,
+    ResumeAck,
+    Shut,
+    SwitchoverAck,
+)
 
 names = st.one_of(
     st.sampled_from(("pc.ram", "pc.rom", "a", "ü", "n" * 255)),
@@ -129,3 +140,43 @@ def bitmap_bodies(draw):
         records.append(BitmapBits(*naming(key), first, sectors, data))
     records += [BitmapComplete(*naming(key)) for key in bitmaps]
     return [*records, BitmapsEnd()]
+
+
+_requests = _ranges.map(lambda pair: (pair[0], min(pair[1], (1 << 32) - 1)))
+messages = st.one_of(
+    st.builds(Shut, u32),
+    st.builds(Pong, u32),
+    st.builds(lambda pair, name: RequestPages(*pair, name), _requests, st.none() | names),
+    st.builds(HavePages, names, st.integers(0, 30).map(lambda n: bytes(range(8)) * n)),
+    st.sampled_from((ResumeAck(), SwitchoverAck())),
+)
+
+
+@st.composite
+def packets(draw):
+    """A multifd channel with pages of 1 KiB: the blocks, the bytes, what each packet says."""
+    sizes = draw(st.dictionaries(names, st.integers(1, 40), min_size=1, max_size=3))
+    blocks = [RamBlock(name, count * 1024) for name, count in sizes.items()]
+    pack = {Method.ZLIB: Deflate(), Method.ZSTD: ZstdPack(), Method.NONE: Plain()}
+    method = draw(st.sampled_from(list(pack)))
+    out, expected = [Hello(draw(st.uuids()), draw(st.integers(0, 255))).encode()], []
+    for _ in range(draw(st.integers(0, 5))):
+        block, sync = draw(st.sampled_from(blocks)), draw(st.booleans())
+        offset = st.integers(0, block.length // 1024 - 1).map(lambda n: n * 1024)
+        normal = draw(st.lists(offset, max_size=4))
+        zero = draw(st.lists(offset, max_size=3)) if draw(st.booleans()) else []
+        pages = b"".join(bytes([draw(st.integers(0, 255))]) * 1024 for _ in normal)
+        payload = pack[method].pack(pages) if normal else b""
+        header = encode_header(
+            block,
+            np.array(normal + zero, np.uint64),
+            payload_size=len(payload) if normal else draw(u32),
+            number=draw(u64),
+            page_size=1024,
+            method=method,
+            sync=sync,
+        )
+        counts = len(normal).to_bytes(4) + header[20:32] + len(zero).to_bytes(4)
+        out += [header[:16], counts, header[36:], payload]
+        expected.append((block.name, normal, zero, sync) if normal or zero else sync)
+    return blocks, b"".join(out), expected

@@ -209,6 +209,20 @@ def decode_name(raw: bytes, what: str, offset: int | None = None) -> str:
     return text
 
 
+def unpack_name(raw: bytes, what: str) -> str:
+    """The name in *raw*, which is its length byte and the name, and nothing behind."""
+    if raw[0] != len(raw) - 1:
+        raise StreamError(f"a name of {len(raw) - 1} bytes", f"length byte {raw[0]}")
+    return decode_name(raw[1:], what)
+
+
+def either(lengths: range) -> str:
+    """The allowed *lengths* in words."""
+    if len(lengths) < 3:
+        return " or ".join(map(str, lengths))
+    return f"{lengths.start} to {lengths.stop - 1}"
+
+
 def encode_name(name: str) -> bytes:
     """*name* with its length byte in front."""
     raw = name.encode("utf-8")

@@ -13,7 +13,7 @@ from typing import ClassVar, Final
 from vmferry.errors import LimitExceeded, StreamError
 
 from . import limits
-from .buffer import Cursor, Parse, decode_name, encode_name, within
+from .buffer import Cursor, Parse, decode_name, either, encode_name, unpack_name, within
 from .layout import Kind
 
 
@@ -176,9 +176,7 @@ def _discard(payload: bytes) -> Command:
 
 
 def _bitmap(payload: bytes) -> Command:
-    if payload[0] != len(payload) - 1:
-        raise StreamError(f"a name of {len(payload) - 1} bytes", f"length byte {payload[0]}")
-    return ReceivedBitmap(decode_name(payload[1:], "the name of a RAM block"))
+    return ReceivedBitmap(unpack_name(payload, "the name of a RAM block"))
 
 
 def _bare(command: type[Command]) -> tuple[range, Callable[[bytes], Command]]:
@@ -214,16 +212,10 @@ def _command(at: Cursor) -> Parse[Command]:
     size = yield from at.number(2, "the length of a command")
     lengths, read = _COMMANDS[number]
     if size not in lengths:
-        raise StreamError(f"{_either(lengths)} bytes for command {number}", str(size))
+        raise StreamError(f"{either(lengths)} bytes for command {number}", str(size))
     if read is None:
         return (yield from _package(at))
     return read((yield from at.take(size, f"command {number}")))
-
-
-def _either(lengths: range) -> str:
-    if len(lengths) < 3:
-        return " or ".join(map(str, lengths))
-    return f"{lengths.start} to {lengths.stop - 1}"
 
 
 def _package(at: Cursor) -> Parse[Package]:

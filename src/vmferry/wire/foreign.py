@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from ..errors import LimitExceeded
+from vmferry.errors import LimitExceeded
+
 from .buffer import Cursor, Parse
 
 _PIECE: Final = 16 << 20

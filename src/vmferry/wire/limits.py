@@ -34,14 +34,8 @@ JSON_TOKENS: Final = 1_000_000
 RAM_BLOCKS: Final = 4096
 """RAM blocks of one machine; a machine with 256 memory slots and 30 adapters has some 400."""
 
-RETURN_PATH_MESSAGE: Final = 512
-"""Payload bytes of a return-path message, the limit that QEMU's source sets."""
-
 DISKS: Final = 1024
 """Disks in one `block` section."""
-
-BITMAP_NAME: Final = 255
-"""Bytes of a node's or bitmap's name, which has one length byte."""
 
 BITMAPS: Final = 4096
 """Dirty bitmaps in one stream."""

@@ -65,17 +65,17 @@ class Hello:
         return head.ljust(_INITIAL, b"\0")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Packet:
     """A packet of pages of one RAM block, or a mere synchronisation.
 
     ``normal`` are the offsets of pages whose content is in ``payload`` in that order, compressed by
     ``method``; ``zero`` those of zero pages (QEMU 9.0), which have no payload.  ``block`` is
-    ``None`` where there is no page.  ``header`` and ``payload`` lend the reader's buffer;
-    ``offset`` is the packet's place in its channel.
+    ``None`` where there is no page.  ``payload`` lends the reader's buffer; ``offset`` is the
+    packet's place in its channel.
     """
 
-    header: memoryview | bytes
+    header: bytes
     payload: memoryview | bytes
     sync: bool
     method: Method
@@ -86,7 +86,7 @@ class Packet:
 
     def encode(self) -> bytes:
         """The packet as on the wire."""
-        return bytes(self.header) + bytes(self.payload)
+        return self.header + bytes(self.payload)
 
 
 def pages_per_packet(page_size: int) -> int:
@@ -133,71 +133,64 @@ class MultifdReader(ChannelReader[Hello | Packet]):
             yield (yield from self._packet(self._at))
 
     def _packet(self, at: Cursor) -> Parse[Packet]:
+        yield from _magic(at, "a packet")
         size = _FIXED + 8 * pages_per_packet(self.page_size)
         yield from at.need(size, "the header of a packet")
-        header = at.buffer.peek(size)
-        flags, normal, payload = self._checked(at, header)
-        # What an empty packet says of its payload is left over from an older one.
-        payload = payload if normal else 0
-        if payload > limits.MULTIFD_PAYLOAD:
-            raise LimitExceeded(
-                f"a payload of at most {limits.MULTIFD_PAYLOAD} bytes",
-                str(payload),
-                offset=at.buffer.offset,
-            )
-        yield from at.need(size + payload, "the pages of a packet")
-        whole = at.buffer.peek(size + payload)
-        packet = self._read(at, whole[:size], whole[size:], flags, normal)
-        at.buffer.advance(size + payload)
-        return packet
-
-    def _checked(self, at: Cursor, header: memoryview) -> tuple[int, int, int]:
-        """Flags, number of normal pages and payload size of a header that can be read."""
-        if header[:4] != MAGIC or int.from_bytes(header[4:8]) != VERSION:
-            raise at.fail(
-                f"a packet with magic {MAGIC.hex()} and version {VERSION}",
-                f"{header[:4].hex()} and {int.from_bytes(header[4:8])}",
-            )
-        flags, normal, size = (int.from_bytes(header[i : i + 4]) for i in (8, 16, 20))
-        method = flags & _METHOD_MASK
-        if flags & ~(_METHOD_MASK | _SYNC):
-            raise at.fail("flags of a packet: sync and a compression", f"{flags:#x}")
-        if method & _DEVICE_STATE:
-            raise at.fail("a packet of pages", "one of device state (QEMU 10.0)")
-        if normal and method not in READABLE:
-            known = Method(method).name.lower() if method in set(Method) else f"number {method:#x}"
-            raise at.fail("pages plain or compressed by zlib or zstd", f"compression {known}")
-        most = pages_per_packet(self.page_size)
-        zero = int.from_bytes(header[32:36])
-        if normal > most or zero > most - normal:
-            raise at.fail(f"at most {most} pages in a packet", f"{normal} and {zero} zero pages")
-        return flags, normal, size
-
-    def _read(
-        self, at: Cursor, header: memoryview, payload: memoryview, flags: int, normal: int
-    ) -> Packet:
-        zero = int.from_bytes(header[32:36])
-        offsets = np.frombuffer(header, ">u8", normal + zero, _FIXED).astype(np.uint64)
+        header = bytes(at.buffer.peek(size))
+        method = self._method(at, header)
+        normal, zero, payload_size = self._counts(at, header, method)
         block = self._block(at, header) if normal or zero else None
+        offsets = np.frombuffer(header, ">u8", normal + zero, _FIXED).astype(np.uint64)
         if block is not None:
             self._check_offsets(at, block, offsets)
-        method = Method(flags & _METHOD_MASK) if normal else Method.NONE
-        if normal and method == Method.NONE and len(payload) != normal * self.page_size:
-            raise at.fail(f"{normal * self.page_size} bytes for {normal} pages", str(len(payload)))
-        return Packet(
+        yield from at.need(size + payload_size, "the pages of a packet")
+        packet = Packet(
             header,
-            payload,
-            bool(flags & _SYNC),
+            at.buffer.peek(size + payload_size)[size:],
+            bool(header[11] & _SYNC),
             method,
             block,
             offsets[:normal],
             offsets[normal:],
             at.buffer.offset,
         )
+        at.buffer.advance(size + payload_size)
+        return packet
 
-    def _block(self, at: Cursor, header: memoryview) -> RamBlock:
-        name = bytes(header[64:_FIXED]).split(b"\0", 1)[0]
-        block = self._blocks.get(name.decode("utf-8", "replace"))
+    def _method(self, at: Cursor, header: bytes) -> Method:
+        flags, normal = _number(header, 8), _number(header, 16)
+        method = flags & _METHOD_MASK
+        if flags & ~(_METHOD_MASK | _SYNC):
+            raise at.fail("flags of a packet: sync and a compression", f"{flags:#x}")
+        if method & _DEVICE_STATE:
+            raise at.fail("a packet of pages", "one of device state (QEMU 10.0)")
+        # What an empty packet says of its compression is left over from an older one.
+        if normal and method not in READABLE:
+            known = Method(method).name.lower() if method in set(Method) else f"number {method:#x}"
+            raise at.fail("pages plain or compressed by zlib or zstd", f"compression {known}")
+        return Method(method) if normal else Method.NONE
+
+    def _counts(self, at: Cursor, header: bytes, method: Method) -> tuple[int, int, int]:
+        """Pages with content, zero pages, and bytes of payload."""
+        normal, size, zero = (_number(header, position) for position in (16, 20, 32))
+        most = pages_per_packet(self.page_size)
+        if normal > most or zero > most - normal:
+            raise at.fail(f"at most {most} pages in a packet", f"{normal} and {zero} zero pages")
+        if normal == 0:
+            return 0, zero, 0
+        if method == Method.NONE and size != normal * self.page_size:
+            raise at.fail(f"{normal * self.page_size} bytes for {normal} pages", str(size))
+        if not 1 <= size <= limits.MULTIFD_PAYLOAD:
+            raise LimitExceeded(
+                f"a payload of 1 to {limits.MULTIFD_PAYLOAD} bytes",
+                str(size),
+                offset=at.buffer.offset,
+            )
+        return normal, zero, size
+
+    def _block(self, at: Cursor, header: bytes) -> RamBlock:
+        name = header[64:_FIXED].split(b"\0", 1)[0]
+        block = self._blocks.get(name.decode("utf-8", "surrogateescape"))
         if block is None:
             raise at.fail("the name of a RAM block of the main channel", printable(name))
         return block
@@ -213,15 +206,26 @@ class MultifdReader(ChannelReader[Hello | Packet]):
             )
 
 
-def _hello(at: Cursor) -> Parse[Hello]:
-    yield from at.need(8, "the initial packet of a channel")
-    head = at.buffer.peek(8)
-    if head[:4] != MAGIC or int.from_bytes(head[4:8]) != VERSION:
+def _number(header: bytes, position: int) -> int:
+    return int.from_bytes(header[position : position + 4])
+
+
+def _magic(at: Cursor, what: str) -> Parse[None]:
+    yield from at.need(8, what)
+    head = bytes(at.buffer.peek(8))
+    if head[:4] != MAGIC or _number(head, 4) != VERSION:
         raise at.fail(
-            f"an initial packet with magic {MAGIC.hex()} and version {VERSION}",
-            f"{head[:4].hex()} and {int.from_bytes(head[4:8])}",
+            f"{what} with magic {MAGIC.hex()} and version {VERSION}",
+            f"{head[:4].hex()} and {_number(head, 4)}",
         )
-    raw = yield from at.take(_INITIAL, "the initial packet of a channel")
+
+
+def _hello(at: Cursor) -> Parse[Hello]:
+    yield from _magic(at, "an initial packet")
+    offset = at.buffer.offset
+    raw = yield from at.take(_INITIAL, "an initial packet")
+    if any(raw[25:]):
+        raise at.fail("zeros in the rest of an initial packet", raw[25:].hex(), offset=offset)
     return Hello(UUID(bytes=raw[8:24]), raw[24])
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 from vmferry.errors import LimitExceeded, StreamError
 
-from . import limits
-from .buffer import ChannelReader, Cursor, Parse, decode_name, encode_name
+from .buffer import ChannelReader, Cursor, Parse, either, encode_name, unpack_name, within
 
 _BITMAP_END: Final = 0x0123456789ABCDEF
 
@@ -98,21 +97,18 @@ class HavePages(Message):
 
     def encode(self) -> bytes:
         """The message with its bitmap."""
-        payload = self.payload()
-        head = self.kind.to_bytes(2) + len(payload).to_bytes(2) + payload
+        head = Message.encode(self)
         return head + len(self.bitmap).to_bytes(8) + self.bitmap + _BITMAP_END.to_bytes(8)
 
 
-@dataclass(frozen=True, slots=True)
 class ResumeAck(Message):
     """Postcopy recovery: the destination is ready to go on."""
 
     kind = 6
-    value: int = 1
 
     def payload(self) -> bytes:
         """Always 1."""
-        return self.value.to_bytes(4)
+        return (1).to_bytes(4)
 
 
 class SwitchoverAck(Message):
@@ -129,20 +125,24 @@ def _request(payload: bytes) -> Message:
     start, length = int.from_bytes(payload[:8]), int.from_bytes(payload[8:12])
     if length == 0 or length > (1 << 64) - start:
         raise StreamError("a range of one or more bytes below 2^64", f"{start:#x}+{length:#x}")
-    if len(payload) == 12:
-        return RequestPages(start, length)
-    if payload[12] != len(payload) - 13:
-        raise StreamError(f"a name of {len(payload) - 13} bytes", f"length byte {payload[12]}")
-    return RequestPages(start, length, decode_name(payload[13:], "the name of a RAM block", 0))
+    block = unpack_name(payload[12:], "the name of a RAM block") if len(payload) > 12 else None
+    return RequestPages(start, length, block)
 
 
-# Kind: allowed lengths of the payload, and its reader.  HavePages is read apart.
+def _resume_ack(payload: bytes) -> Message:
+    if (value := int.from_bytes(payload)) != 1:
+        raise StreamError("an acknowledgement of 1", str(value))
+    return ResumeAck()
+
+
+# Kind: allowed lengths of the payload, and its reader; a bitmap stands behind its message.
 _MESSAGES: Final[dict[int, tuple[range, Callable[[bytes], Message] | None]]] = {
     1: (range(4, 5), _number(Shut)),
     2: (range(4, 5), _number(Pong)),
     3: (range(14, 269), _request),
     4: (range(12, 13), _request),
-    6: (range(4, 5), _number(ResumeAck)),
+    5: (range(2, 257), None),
+    6: (range(4, 5), _resume_ack),
     7: (range(1), lambda _payload: SwitchoverAck()),
 }
 
@@ -159,32 +159,32 @@ class ReturnPathReader(ChannelReader[Message]):
 
     def _parse(self) -> Parse[None]:
         while (yield from self._at.more()):
-            yield (yield from self._message(self._at))
+            yield (yield from within(self._message(self._at), offset=self.buffer.offset))
 
-    def _message(self, at: Cursor) -> Parse[Any]:
-        offset = self.buffer.offset
+    def _message(self, at: Cursor) -> Parse[Message]:
         kind = yield from at.number(2, "the type of a message")
+        if kind not in _MESSAGES:
+            raise StreamError("a return-path message from 1 to 7", str(kind))
         size = yield from at.number(2, "the length of a message")
-        if kind != HavePages.kind and kind not in _MESSAGES:
-            raise at.fail("a return-path message from 1 to 7", str(kind), offset=offset)
-        lengths, read = _MESSAGES.get(kind, (range(2, 257), None))
-        if size > limits.RETURN_PATH_MESSAGE or size not in lengths:
-            allowed = f"{lengths.start} to {lengths.stop - 1}"
-            raise at.fail(f"{allowed} bytes for message {kind}", str(size), offset=offset)
+        lengths, read = _MESSAGES[kind]
+        if size not in lengths:
+            raise StreamError(f"{either(lengths)} bytes for message {kind}", str(size))
         payload = yield from at.take(size, f"message {kind}")
         return read(payload) if read is not None else (yield from self._bitmap(at, payload))
 
     def _bitmap(self, at: Cursor, payload: bytes) -> Parse[HavePages]:
-        offset = self.buffer.offset
-        if payload[0] != len(payload) - 1:
-            raise at.fail(f"a name of {len(payload) - 1} bytes", f"length byte {payload[0]}")
-        block = decode_name(payload[1:], "the name of a RAM block", offset)
+        block = unpack_name(payload, "the name of a RAM block")
+        offset = at.buffer.offset
         size = yield from at.number(8, "the size of a bitmap")
         if size > self._max_bitmap:
-            raise LimitExceeded(
-                f"a bitmap of at most {self._max_bitmap} bytes", str(size), offset=offset
-            )
+            most = f"a bitmap of at most {self._max_bitmap} bytes"
+            raise LimitExceeded(most, str(size), offset=offset, block=block)
+        if size % 8:
+            raise at.fail("a multiple of 8 bytes", str(size), offset=offset, block=block)
         bitmap = yield from at.take(size, "a bitmap")
-        if (yield from at.number(8, "the end of a bitmap")) != _BITMAP_END:
-            raise at.fail(f"the end mark {_BITMAP_END:#x}", "another", offset=offset)
+        offset = at.buffer.offset
+        if (mark := (yield from at.number(8, "the end of a bitmap"))) != _BITMAP_END:
+            raise at.fail(
+                f"the end mark {_BITMAP_END:#x}", f"{mark:#x}", offset=offset, block=block
+            )
         return HavePages(block, bitmap)
