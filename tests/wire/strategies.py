@@ -73,7 +73,9 @@ commands = st.one_of(
     st.builds(PostcopyAdvise, u64, u64),
     st.builds(RamDiscard, names, st.lists(_ranges, min_size=1, max_size=12).map(tuple)),
     st.builds(ReceivedBitmap, names),
-    st.builds(Package, st.binary(min_size=1, max_size=600), st.just(9)),
+    st.binary(max_size=600).map(
+        lambda devices: Package(b"\x08\0\4\0\0\4" + devices + b"\x08\0\5\0\0", 9)
+    ),
 )
 
 

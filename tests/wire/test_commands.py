@@ -21,6 +21,8 @@ from vmferry.wire.commands import (
     parse_command,
 )
 
+LISTEN, RUN = PostcopyListen().encode(), PostcopyRun().encode()
+
 
 def steps() -> Steps:
     return Steps(parse_command)
@@ -42,7 +44,10 @@ GOLDEN = [
         RamDiscard("r", ((0, 1), ((1 << 64) - 1, 1))),
         "08 0006 0024 00 01 72 00" + "00" * 8 + "00" * 7 + "01" + "ff" * 8 + "00" * 7 + "01",
     ),
-    (Package(bytes.fromhex("0800040000"), 9), "08 0007 0004 00000005 08 0004 0000"),
+    (
+        Package(bytes.fromhex("0800040000 0400 0800050000"), 9),
+        "08 0007 0004 0000000c 08 0004 0000 0400 08 0005 0000",
+    ),
     (EnableColo(), "08 0008 0000"),
     (PostcopyResume(), "08 0009 0000"),
     (ReceivedBitmap("pc.ram"), "08 000a 0007 06 70632e72616d"),
@@ -66,9 +71,36 @@ def test_any_command_comes_back(event):
 
 
 def test_package_of_several_reads_is_lent_whole():
-    content = bytes(range(256)) * 1000
+    content = LISTEN + b"\4" + bytes(range(256)) * 1000 + RUN
     package = Package(content, 9)
     assert check_round_trip(steps, package.encode())[0][1]["content"] == content
+
+
+PACKAGED = "08 0007 0004 "
+BAD_PACKAGES = [
+    # What is wrong, the content, the text of the error, its offset in the content.
+    ("no LISTEN", b"\4" * 5 + RUN, "that begins with LISTEN .*, found 04 04 04 04 04", 0),
+    ("RUN alone", RUN, "begins with LISTEN .08 00 04 00 00., found 08 00 05 00 00", 0),
+    ("half of LISTEN", LISTEN[:3], "begins with LISTEN .*, found 08 00 04", 0),
+    ("LISTEN alone", LISTEN, "a device, a ping or RUN behind LISTEN", 5),
+    ("a package", LISTEN + bytes.fromhex("0800070004"), "behind LISTEN, found 08 00 07", 5),
+    ("a part", LISTEN + b"\2" * 5 + RUN, "behind LISTEN, found 02 02 02", 5),
+    ("LISTEN again", LISTEN * 2 + RUN, "behind LISTEN, found 08 00 04", 5),
+    ("no RUN", LISTEN + b"\4" * 9, "that ends with RUN .*, found 04 04 04 04 04", 9),
+    ("something behind RUN", LISTEN + RUN + b"\0", "ends with RUN .*, found 00 05 00 00 00", 6),
+    ("a ping last", LISTEN + Ping(3).encode(), "ends with RUN .*, found 04 00 00 00 03", 9),
+]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "content", "message", "offset"), BAD_PACKAGES, ids=[b[0] for b in BAD_PACKAGES]
+)
+def test_package_is_refused_with(wrong, content, message, offset):
+    data = bytes.fromhex(PACKAGED) + len(content).to_bytes(4) + content
+    outcome = read(steps(), [data], end=False)
+    with pytest.raises(StreamError, match=message):
+        raise outcome.error or AssertionError("not refused")
+    assert outcome.place.offset == 9 + offset
 
 
 DISCARD = "08 0006 "

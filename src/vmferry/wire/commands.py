@@ -224,8 +224,35 @@ def _package(at: Cursor) -> Parse[Package]:
         raise LimitExceeded(f"a package of 1 to {limits.PACKAGE} bytes", str(size))
     yield from at.need(size, "the package")
     package = Package(at.buffer.peek(size), at.buffer.offset)
+    _check_package(package.content, package.offset)
     at.buffer.advance(size)
     return package
+
+
+_LISTEN: Final = PostcopyListen().encode()
+_PING: Final = Ping(0).encode()
+_RUN: Final = PostcopyRun().encode()
+
+
+def _check_package(content: bytes | memoryview, offset: int) -> None:
+    """What is inside, as far as it shows: the devices in the middle have no lengths."""
+    first, second, last = content[:5], content[5:8], content[5:][-5:]
+    if first != _LISTEN:
+        raise StreamError(
+            f"a package that begins with LISTEN ({_LISTEN.hex(' ')})",
+            first.hex(" "),
+            offset=offset,
+        )
+    if second[:1] != bytes([Kind.FULL]) and second not in (_PING[:3], _RUN[:3]):
+        raise StreamError(
+            "a device, a ping or RUN behind LISTEN", second.hex(" "), offset=offset + 5
+        )
+    if last != _RUN:
+        raise StreamError(
+            f"a package that ends with RUN ({_RUN.hex(' ')})",
+            last.hex(" "),
+            offset=offset + len(content) - len(last),
+        )
 
 
 __all__ = [

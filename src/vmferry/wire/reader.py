@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Final
 
-from vmferry.errors import StreamError, UsageError, printable
+from vmferry.errors import UsageError, printable
 
 from . import foreign
 from .bitmap import BitmapReader
-from .buffer import ChannelReader, Cursor, Parse
+from .buffer import ChannelReader, Cursor, Parse, within
 from .commands import (
     Command,
     OpenReturnPath,
     Package,
+    Ping,
     PostcopyAdvise,
     PostcopyListen,
+    PostcopyResume,
     PostcopyRun,
+    RamDiscard,
+    ReceivedBitmap,
     parse_command,
 )
 from .configuration import Configuration, parse_configuration
@@ -128,6 +132,8 @@ class StreamReader(ChannelReader[Event]):
         while True:
             kind = yield from at.peek_number(1, "a section")
             match kind:
+                case Kind.START | Kind.FULL if self.postcopy:
+                    raise at.fail("no new section in postcopy", f"the type byte {kind:#04x}")
                 case Kind.START:
                     yield from self._start()
                 case Kind.PART | Kind.END:
@@ -147,11 +153,13 @@ class StreamReader(ChannelReader[Event]):
                     )
 
     def _configure(self) -> Parse[None]:
+        offset = self.buffer.offset
         self.configuration = yield from parse_configuration(self._at)
         if MAPPED_RAM in self.configuration.capabilities:
             raise self._at.fail(
                 "a stream",
                 "a file with the pages at fixed places",
+                offset=offset,
                 advice="save it without the capability mapped-ram",
             )
         yield self.configuration
@@ -173,6 +181,10 @@ class StreamReader(ChannelReader[Event]):
         if head.version != wanted:
             raise self._at.fail(
                 f"version {wanted} of section {head.name}", str(head.version), offset=offset
+            )
+        if head.instance != 0:
+            raise self._at.fail(
+                f"instance 0 of section {head.name}", str(head.instance), offset=offset
             )
         if any(known.head.name == head.name for known in self._sections.values()):
             raise self._at.fail(f"one section {head.name}", "a second one", offset=offset)
@@ -225,11 +237,8 @@ class StreamReader(ChannelReader[Event]):
         yield from self._body(section, section.later)
 
     def _body(self, section: _Iterable, body: Body) -> Parse[None]:
-        try:
-            yield from body(self._at)
-            yield from self._footer(section.head.number)
-        except StreamError as error:
-            raise error.within(section=section.head.name) from None
+        yield from within(body(self._at), section=section.head.name)
+        yield from within(self._footer(section.head.number), section=section.head.name)
 
     def _footer(self, number: int) -> Parse[None]:
         # The first section shows whether there are footers: their type byte is nothing else's.
@@ -250,23 +259,44 @@ class StreamReader(ChannelReader[Event]):
 
     def _command(self) -> Parse[None]:
         offset = self.buffer.offset
-        command: Command = yield from parse_command(self._at)
+        command = yield from parse_command(self._at)
+        if (rule := self._broken_rule(command)) is not None:
+            raise self._at.fail(rule, f"command {command.number}", offset=offset)
         match command:
-            case PostcopyListen() | PostcopyRun():
-                raise self._at.fail(
-                    "this command inside a package", "it outside", offset=offset, section="command"
-                )
-            case PostcopyAdvise() if self._ram is not None:
-                raise self._at.fail("the advice before guest memory", "it after", offset=offset)
-            case PostcopyAdvise():
-                self._advised = command
             case OpenReturnPath():
                 self.return_path = True
-            case Package() if self.postcopy:
-                raise self._at.fail("one package", "a second one", offset=offset)
+            case PostcopyAdvise():
+                self._check_page_size(command.target_page, offset)
+                self._advised = command
             case Package():
                 self.postcopy = True
+                if self._ram is not None:
+                    self._ram.postcopy = True
         yield command
+
+    def _broken_rule(self, command: Command) -> str | None:
+        """The rule that *command* breaks where it stands, if it does."""
+        match command:
+            case Ping() if not self.return_path:
+                return "a ping only behind the opening of a return path"
+            case PostcopyAdvise() if self._ram is not None or self._advised is not None:
+                return "postcopy announced once, before guest memory"
+            case PostcopyListen() | PostcopyRun():
+                return "this command inside a package"
+            case RamDiscard() | Package() if self._advised is None or self.postcopy:
+                return "postcopy announced, and begun once"
+            case PostcopyResume() | ReceivedBitmap():
+                return "this command in the recovery of a postcopy alone"
+        return None
+
+    def _check_page_size(self, told: int | None, offset: int) -> None:
+        if told not in (None, self.page_size):
+            raise self._at.fail(
+                f"target pages of {self.page_size} bytes",
+                str(told),
+                offset=offset,
+                advice=f"read it with page_size={told} (--page-size)",
+            )
 
     # Devices and the end
 
@@ -303,24 +333,18 @@ class StreamReader(ChannelReader[Event]):
             yield from self._describe(found.description, found.description_size)
 
     def _tail_finder(self) -> TailFinder:
-        return TailFinder(
-            footers=bool(self.footers), offset=self.buffer.offset, early=self._early_devices
-        )
+        # Footers and the configuration came with the same machine types.
+        footers = self.configuration is not None if self.footers is None else self.footers
+        return TailFinder(footers=footers, offset=self.buffer.offset, early=self._early_devices)
 
     def _describe(self, description: VmDescription, size: int) -> Parse[None]:
-        if description.page_size != self.page_size:
-            raise self._at.fail(
-                f"{self.page_size} bytes a page in the description",
-                str(description.page_size),
-                advice=f"read it with page_size={description.page_size} (--page-size)",
-            )
+        self._check_page_size(description.page_size, self.buffer.offset)
         self.buffer.advance(size)
         self.description = description
         yield description
 
     def _end_without_devices(self) -> Parse[None]:
-        if not self.postcopy:
-            self._check_complete()
+        self._check_complete()
         self.buffer.advance(1)
         yield EndOfStream()
         if not self.postcopy:
@@ -338,7 +362,8 @@ class StreamReader(ChannelReader[Event]):
             yield from self._describe(found.description, found.description_size)
 
     def _check_complete(self) -> None:
-        if self._ram is None and Tolerate.NO_RAM not in self._tolerate:
+        has_ram = self._ram is not None and self._ram.blocks
+        if not has_ram and Tolerate.NO_RAM not in self._tolerate:
             raise self._at.fail(
                 "guest memory before the devices and the end",
                 "none",
