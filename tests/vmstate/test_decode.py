@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vmstate.encode import encode
@@ -310,6 +310,15 @@ def test_the_number_of_nodes_is_bounded() -> None:
     assert rest(node.items[-1]).size == (1 << 20) - len(node.items) + 1
 
 
+def test_a_small_body_in_deep_arrays_is_decoded_whole() -> None:
+    state = d.vmsd("in", d.field("x", "uint8", 1))
+    for level in range(8):
+        state = d.vmsd(f"level{level}", d.struct("a", state, array_len=1))
+    root = decode(state, b"\7")
+    path = "a[0]." * 8 + "x"
+    assert root[path] == Value("x", "uint8", 0, 1, 7)
+
+
 # Everything together
 
 
@@ -324,6 +333,7 @@ def check_covered(state: DeviceState, body: bytes, offset: int) -> None:
     json.dumps(state.to_json())
 
 
+@settings(deadline=None)
 @given(d.streams())
 def test_described_bodies_decode_whole(stream: d.Stream) -> None:
     devices = parse_description(stream.text).devices
@@ -334,6 +344,7 @@ def test_described_bodies_decode_whole(stream: d.Stream) -> None:
         assert "(rest)" not in names
 
 
+@settings(deadline=None)
 @given(d.streams(), st.binary(max_size=60), st.integers(0, 60))
 def test_other_bodies_are_covered_too(stream: d.Stream, noise: bytes, at: int) -> None:
     devices = parse_description(stream.text).devices
@@ -354,6 +365,7 @@ def test_recorded_devices_decode_whole(name: str) -> None:
             assert not [path for path, node in state.walk() if node.name == "(rest)"]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_recorded_bodies_under_mutated_descriptions_are_covered(data: st.DataObject) -> None:
     tail = recorded("virt")

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vmstate.tails import manifest, recorded
@@ -218,6 +218,7 @@ def test_depth_of_32_is_allowed() -> None:
 # Bodies
 
 
+@settings(deadline=None)
 @given(d.streams())
 def test_the_size_of_a_body_is_what_its_description_says(stream: d.Stream) -> None:
     found = parse_description(stream.text)
@@ -226,6 +227,7 @@ def test_the_size_of_a_body_is_what_its_description_says(stream: d.Stream) -> No
         assert body_size(device, b"--" + body + b"-", 2) == len(body)
 
 
+@settings(deadline=None)
 @given(d.streams(), st.data())
 def test_a_body_that_is_cut_short_is_truncated(stream: d.Stream, data: st.DataObject) -> None:
     found = parse_description(stream.text)
@@ -255,6 +257,7 @@ def test_huge_arrays_cost_nothing() -> None:
     assert body_size(device, b"") == 0
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_mutated_descriptions_raise_nothing_else(data: st.DataObject) -> None:
     text = bytearray(recorded("microvm").description.text)

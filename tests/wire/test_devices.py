@@ -6,7 +6,7 @@ import contextlib
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.vmstate.tails import Tail, manifest, recorded
@@ -47,6 +47,7 @@ def test_a_section_knows_its_parts() -> None:
     assert section.described
 
 
+@settings(deadline=None)
 @given(d.streams())
 def test_described_sections_are_cut_exactly(stream: d.Stream) -> None:
     sections = split_devices(
@@ -320,6 +321,7 @@ def _verdict(data: bytes, cuts: list[int], footers: bool) -> tuple[object, ...]:
     return found.devices_size, found.description_size
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(_PIECES), max_size=6), st.booleans(), st.booleans(), st.data())
 def test_the_verdict_does_not_depend_on_the_sizes_of_reads(
     pieces: list[bytes], valid: bool, footers: bool, data: st.DataObject
@@ -336,6 +338,7 @@ def test_the_verdict_does_not_depend_on_the_sizes_of_reads(
         assert at_once[0] == len(stream.sections)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_mutated_streams_raise_nothing_else(data: st.DataObject) -> None:
     tail = recorded(data.draw(st.sampled_from(["microvm", "virt", "s390x", "pc-2.3"])))

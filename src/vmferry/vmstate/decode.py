@@ -77,8 +77,8 @@ class _Decoder:
     def __init__(self, body: bytes, offset: int) -> None:
         self._body = body
         self._offset = offset
-        # Fields of no bytes could make more nodes than this; no device of QEMU has them in arrays.
-        self._nodes_left = min(NODES, 2 * len(body))
+        # A field or struct around each byte makes a few nodes; only fields of no bytes make more.
+        self._nodes_left = min(NODES, 64 + 8 * len(body))
 
     def struct(self, name: str, type_name: str, vmsd: Vmsd, start: int, end: int) -> Struct:
         """A struct that fills everything from *start* to *end*."""
