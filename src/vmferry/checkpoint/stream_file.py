@@ -92,6 +92,8 @@ class _Surveyor:
     def finish(self) -> Survey:
         """The contents."""
         survey = self.survey
+        if survey.error is not None:
+            self._close()
         survey.size = survey.size or self._reader.buffer.offset
         survey.page_size = self._reader.page_size
         survey.footers = bool(self._reader.footers)

@@ -113,17 +113,15 @@ class Survey:
         """The machine type."""
         return self.configuration.machine if self.configuration else None
 
-    def states(self, pattern: str = "*") -> Iterator[DeviceState]:
-        """The decoded state of each device whose name matches the shell *pattern*.
+    def states(self, *patterns: str) -> Iterator[DeviceState]:
+        """The decoded state of each device whose name matches a shell pattern, or of all.
 
         A device is named as its section, or with its instance behind a colon: ``cpu``, ``cpu:1``.
         """
-        for _, state in self.decoded(pattern):
+        for _, state in self.decoded(*patterns):
             yield state
 
-    def decoded(
-        self, pattern: str = "*"
-    ) -> Iterator[tuple[DeviceSection | DeviceRegion, DeviceState]]:
+    def decoded(self, *patterns: str) -> Iterator[tuple[DeviceSection | DeviceRegion, DeviceState]]:
         """As :meth:`states`, with the section that each came in.
 
         Devices that nothing tells apart are one, named ``devices``, and stay bytes.
@@ -135,12 +133,13 @@ class Survey:
                 key, start = (section.name, section.instance), section.body_offset
             else:
                 key, start = (section.name, 0), section.offset
-            if any(fnmatchcase(name, pattern) for name in (key[0], f"{key[0]}:{key[1]}")):
+            names = (key[0], f"{key[0]}:{key[1]}")
+            if any(fnmatchcase(name, pattern) for name in names for pattern in patterns or ("*",)):
                 device = described.get(key) or DeviceDescription(*key, None, len(section.body))
                 yield section, decode_device(device, section.body, start)
 
-    def to_json(self, pattern: str = "*") -> dict[str, Any]:
-        """Plain data for ``json.dumps``, with the devices that :meth:`states` gives for *pattern*.
+    def to_json(self, *patterns: str) -> dict[str, Any]:
+        """Plain data for ``json.dumps``, with the devices that :meth:`states` gives for *patterns*.
 
         Everything but the bytes of guest memory and disks.
         """
@@ -162,7 +161,7 @@ class Survey:
             "commands": dict(self.commands),
             "disks": [{"name": name} | asdict(disk) for name, disk in self.disks.items()],
             "bitmaps": [_bitmap(start) for start in self.bitmaps],
-            "devices": [_device(*pair) for pair in self.decoded(pattern)],
+            "devices": [_device(*pair) for pair in self.decoded(*patterns)],
             "error": self.error.to_json() if self.error else None,
         }
 

@@ -1,0 +1,29 @@
+"""The ``vmferry`` command: one module per verb, each a few lines over what Python users call.
+
+Exit status: 0 for success, that of the error's class (``vmferry/errors.py``), 130 after ctrl-C (128
+and the signal's number in general), 141 where the reader of the output has gone.  What is imported
+here and by the modules of the verbs is what ``--help`` costs, so they import the rest where it is
+used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    from .ending import status_of
+    from .signals import raising_signals
+
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    with raising_signals():
+        return status_of(lambda: _run(given))
+
+
+def _run(arguments: list[str]) -> int:
+    from .app import app
+
+    status = app(arguments or ["--help"], prog_name="vmferry", standalone_mode=False)
+    return 2 if not arguments else int(status or 0)

@@ -1,0 +1,46 @@
+"""The verbs, put together."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import convert, inspect, receive, send
+
+# Without rich: its import alone costs more than all the rest of --help.
+app = typer.Typer(
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from vmferry import __version__
+
+        typer.echo(f"vmferry {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def vmferry(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Save a running QEMU machine to disk, see what is in it, and resume it."""
+
+
+for _verb, _module, _help in (
+    ("receive", receive, "Save the machine that a QEMU migrates to here."),
+    ("send", send, "Resume a saved machine in a QEMU that waits for it."),
+    ("inspect", inspect, "See what is in a stream or a saved machine."),
+    ("convert", convert, "Make a memory image, a core file or a stream of it."),
+):
+    app.command(_verb, short_help=_help)(_module.command)

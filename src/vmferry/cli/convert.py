@@ -1,0 +1,63 @@
+"""``vmferry convert``: bring a saved machine into a form that other tools read."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json, MaxRam, Quiet
+
+
+class Form(StrEnum):
+    """What there is to convert to."""
+
+    RAW = "raw"
+    ELF_CORE = "elf-core"
+    STREAM = "stream"
+
+
+def command(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A file with a stream, - for standard input, or a checkpoint."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new file.")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            metavar="raw|elf-core|stream",
+            help="raw: physical memory as the machine sees it, in a sparse file. elf-core: a core "
+            "file for gdb and volatility, with the registers of the CPUs. stream: for QEMU again.",
+        ),
+    ],
+    max_ram: MaxRam = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the machine in SOURCE to the file OUT in another form.
+
+    Where memory lies in the machine is known for the x86 machines pc, q35 and microvm.
+    """
+    from vmferry.checkpoint.export import convert
+
+    from .output import name
+    from .reports import Done, reporter
+    from .signals import Interrupted
+
+    with reporter(json=json, quiet=quiet) as report:
+        try:
+            exported = convert(source, to.value, out, progress=report.progress, max_ram=max_ram)
+        except Interrupted as interrupted:
+            interrupted.consequence = "nothing was kept"
+            raise
+        left_out = [block.name for block in exported.left_out]
+        text = f"wrote {out} ({to.value})"
+        if left_out:
+            text += f"; not in it: {', '.join(map(name, left_out))}"
+        content = {"source": source, "target": str(out), "form": to.value, "left_out": left_out}
+        report.finished(Done(text, content))

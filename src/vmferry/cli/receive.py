@@ -1,0 +1,104 @@
+"""``vmferry receive``: be the destination of a migration."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import Json, MaxRam, PageSize, Quiet
+
+if TYPE_CHECKING:
+    from vmferry import Checkpoint, Tolerate
+    from vmferry.migration.destination import Destination
+
+    from .signals import Work
+
+
+class Accepted(StrEnum):
+    """What is refused unless it is asked for."""
+
+    NO_RAM = "no-ram"
+    NO_END = "no-end"
+
+
+def command(
+    uri: Annotated[
+        str,
+        typer.Argument(
+            metavar="URI",
+            help="Where to listen, as QEMU writes it: tcp:HOST:PORT (port 0 for a free one), "
+            "unix:PATH, fd:NUMBER, exec:COMMAND, file:PATH[,offset=BYTES], - for standard input.",
+        ),
+    ],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="The new directory for the checkpoint.")
+    ],
+    max_ram: MaxRam = None,
+    page_size: PageSize = None,
+    accept: Annotated[
+        list[Accepted] | None,
+        typer.Option(
+            metavar="no-ram|no-end",
+            help="Accept a stream without guest memory, or one in which a section never ends, "
+            "as in a background snapshot. May be repeated.",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="How long the source may say nothing; 0 for ever."
+        ),
+    ] = 60.0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Be the destination of a migration: save the machine that comes to URI in DIRECTORY.
+
+    The source needs no special settings, and nothing here has to match its capabilities. In QEMU's
+    monitor: migrate -d unix:/tmp/vm
+    """
+    from vmferry import Deadlines, receive
+
+    from .reports import moved, reporter
+    from .signals import Interrupted, supervised
+
+    def work(control: Work) -> Checkpoint:
+        def started(destination: Destination) -> None:
+            control.begun(destination)
+            report.listening(destination.address)
+
+        return receive(
+            uri,
+            directory,
+            progress=report.progress,
+            max_ram=max_ram,
+            page_size=page_size,
+            tolerate=_tolerated(accept or []),
+            deadlines=Deadlines(idle=timeout or None),
+            started=started,
+        )
+
+    with reporter(json=json, quiet=quiet) as report:
+        try:
+            with supervised(work) as checkpoint:
+                machine = checkpoint.manifest.machine
+        except Interrupted as interrupted:
+            interrupted.consequence = (
+                f"{directory} may be left incomplete"
+                if interrupted.is_left
+                else "nothing was kept, the machine is still the source's"
+            )
+            raise
+        report.finished(moved("received", machine, uri, str(directory), report.last))
+
+
+def _tolerated(accepted: list[Accepted]) -> Tolerate:
+    from vmferry import Tolerate
+
+    tolerated = Tolerate.NOTHING
+    for what in accepted:
+        tolerated |= Tolerate[what.name]
+    return tolerated

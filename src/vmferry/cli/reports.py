@@ -1,0 +1,191 @@
+"""What ``receive`` and ``send`` show while they work: a display, plain lines, JSON, or nothing.
+
+Progress goes to standard error, the result and whatever else a script may want to standard output.
+``docs/inspect-json.md`` has the JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Final, Self, TextIO
+
+from vmferry.errors import UsageError, VmferryError
+from vmferry.migration.progress import Progress
+from vmferry.units import format_duration, format_rate, format_size
+
+from .output import is_terminal, name, say, silence
+from .signals import Interrupted
+
+_EVERY: Final = 1.0
+"""Seconds between two plain lines."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What became of it: a line for people, and plain data."""
+
+    text: str
+    content: dict[str, Any]
+
+
+def moved(
+    verb: str, machine: str | None, source: str, target: str, last: Progress, note: str = ""
+) -> Done:
+    """What became of a migration: *verb* in the past tense, *note* is what else there is."""
+    rate = last.transferred / last.elapsed if last.elapsed else 0.0
+    text = (
+        f"{verb} {name(machine) if machine else 'a machine'} with {format_size(last.ram_total)}"
+        f" of RAM to {name(target)}: {format_size(last.transferred)} in"
+        f" {format_duration(last.elapsed)}, {format_rate(rate)}{note}"
+    )
+    content = {
+        "machine": machine,
+        "source": source,
+        "target": target,
+        "ram_total": last.ram_total,
+        "transferred": last.transferred,
+        "elapsed": last.elapsed,
+        "rate": rate,
+    }
+    return Done(text, _rounded(content))
+
+
+def _rounded(content: dict[str, Any]) -> dict[str, Any]:
+    """Without digits that mean nothing: seconds to the millisecond, whole bytes a second."""
+    return content | {"elapsed": round(content["elapsed"], 3), "rate": round(content["rate"])}
+
+
+class Reporter:
+    """Says nothing, as for ``--quiet``; but remembers the last progress.
+
+    A context manager around the work.  :meth:`progress` is called from its threads.
+    """
+
+    def __init__(self) -> None:
+        self.last = Progress("setup")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, VmferryError | Interrupted):
+            self.failed(error)
+
+    def listening(self, address: str) -> None:
+        """The source may connect now."""
+
+    def progress(self, now: Progress) -> None:
+        """So far it got."""
+        self.last = now
+
+    def finished(self, done: Done) -> None:
+        """It is done."""
+
+    def failed(self, error: VmferryError | Interrupted) -> None:
+        """It went wrong; whoever ends the command says why."""
+
+
+class Lines(Reporter):
+    """A line about once a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._due = time.monotonic() + _EVERY
+
+    def listening(self, address: str) -> None:
+        """The source may connect now."""
+        say(f"listening at {name(address)}")
+
+    def progress(self, now: Progress) -> None:
+        """So far it got."""
+        self.last = now
+        if now.phase == "active" and now.transferred and time.monotonic() >= self._due:
+            self._due = time.monotonic() + _EVERY
+            with suppress(OSError):  # nobody listens
+                say(", ".join(parts(now)), sys.stderr)
+
+    def finished(self, done: Done) -> None:
+        """It is done."""
+        say(done.text)
+
+
+class JsonLines(Reporter):
+    """One JSON object a line: the progress, and the result or what went wrong at the end."""
+
+    def __init__(self, out: TextIO) -> None:
+        super().__init__()
+        self._out = out
+
+    def _event(self, event: str, content: dict[str, Any]) -> None:
+        say(json.dumps({"event": event} | content), self._out)
+
+    def listening(self, address: str) -> None:
+        """The source may connect now."""
+        self._event("listening", {"address": address})
+
+    def progress(self, now: Progress) -> None:
+        """So far it got."""
+        self.last = now
+        try:
+            self._event("progress", _rounded(asdict(now)))
+        except OSError:  # a full disk is no reason to break a migration off
+            silence(self._out)
+
+    def finished(self, done: Done) -> None:
+        """It is done."""
+        self._event("result", {"ok": True} | done.content)
+
+    def failed(self, error: VmferryError | Interrupted) -> None:
+        """It went wrong."""
+        with suppress(OSError):  # the error itself is the one to hear of
+            failure = {"ok": False, "error": error.to_json(), "exit_status": error.exit_status}
+            self._event("result", failure)
+
+
+def reporter(*, json: bool, quiet: bool, out_is_stream: bool = False) -> Reporter:
+    """What was asked for; *out_is_stream* says that standard output carries the stream itself."""
+    if json and quiet:
+        raise UsageError("expected --json or --quiet, found both")
+    if json:
+        return JsonLines(sys.stderr if out_is_stream else sys.stdout)
+    if quiet:
+        return Reporter()
+    if is_terminal(sys.stderr):
+        from .display import Display
+
+        return Display()
+    return Lines()
+
+
+def share(now: Progress) -> float:
+    """How much of guest memory has come once, or was written, from 0 to 1."""
+    if not now.ram_total:
+        return 0.0
+    if now.round > 1:
+        return 1.0
+    pages = now.normal_pages + now.zero_pages
+    return min(1.0, (pages * now.page_size or now.transferred) / now.ram_total)
+
+
+def parts(now: Progress) -> list[str]:
+    """What there is to say of a moment, the most important first."""
+    said = [
+        format_size(now.transferred),
+        format_rate(now.rate),
+        f"{share(now):.0%} of {format_size(now.ram_total)} RAM",
+    ]
+    if now.round > 1:
+        said.append(f"round {now.round}")
+    if now.normal_pages or now.zero_pages:
+        said.append(f"{now.normal_pages:,} pages and {now.zero_pages:,} zero")
+    return said
