@@ -147,7 +147,7 @@ def migrated(scenario: Scenario) -> Iterator[Migrated]:
                 **dict(scenario.parameters),
             },
         )
-        _finish(source, scenario)
+        finish_migration(source, scenario)
         if destination:
             destination.wait_migration()
         recorder.join()
@@ -163,8 +163,8 @@ def capture(scenario: Scenario) -> tuple[Channel, ...]:
         return tuple(done.channels)
 
 
-def _finish(source: QemuProcess, scenario: Scenario) -> None:
-    """Hold the source for the rounds, then let it go."""
+def finish_migration(source: QemuProcess, scenario: Scenario) -> None:
+    """Hold a source that migrates for the rounds, then let it go and wait for its end."""
     while _held(source) and _rounds(source) <= scenario.rounds:
         time.sleep(_POLL)
     if scenario.postcopy:

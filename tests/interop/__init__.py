@@ -1,0 +1,1 @@
+"""Machines taken out of a real QEMU and put back into another one, through the public interface."""
