@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from tests.checkpoint.machines import GIB, MIB, Device, Saved, bridge, clock
 from tests.support.recorded import recorded
-from vmferry.checkpoint import receive
+from vmferry.checkpoint import Checkpoint, receive
 from vmferry.checkpoint.export import Layout, layout_of
 from vmferry.checkpoint.export.x86 import MAX_RAM, board_of, low_memory
 from vmferry.errors import StreamError, UsageError
@@ -229,6 +231,22 @@ def test_what_cannot_be_told_is_refused_by_name(saved: Saved, message: str, tmp_
     with (
         saved.checkpoint(tmp_path) as checkpoint,
         pytest.raises(UsageError, match=message),
+    ):
+        layout_of(checkpoint)
+
+
+def test_forged_block_of_no_size_is_no_main_memory(tmp_path: Path) -> None:
+    Saved().checkpoint(tmp_path).close()
+    path = tmp_path / "checkpoint" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (block,) = manifest["ram"]
+    block["size"] = block["sums"]["size"] = 0
+    path.write_text(json.dumps(manifest))
+    for name in (block["file"], block["sums"]["file"]):
+        os.truncate(tmp_path / "checkpoint" / name, 0)
+    with (
+        Checkpoint(tmp_path / "checkpoint") as checkpoint,
+        pytest.raises(UsageError, match="no block is main memory"),
     ):
         layout_of(checkpoint)
 
