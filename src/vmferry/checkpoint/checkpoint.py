@@ -18,7 +18,7 @@ from uuid import UUID
 
 import numpy as np
 
-from vmferry.errors import CheckpointDamaged, StorageError, StreamError
+from vmferry.errors import CheckpointDamaged, StreamError
 from vmferry.wire.bitmap import BitmapReader, BitmapRecord, BitmapStart
 from vmferry.wire.buffer import Cursor, ReceiveBuffer
 from vmferry.wire.configuration import Configuration

@@ -69,7 +69,7 @@ class DiskEntry:
 
 @dataclass(frozen=True, slots=True)
 class SectionEntry:
-    """A device section: *size* bytes from *offset* of ``devices.bin``, header and footer included."""
+    """A device section: *size* bytes from *offset* of ``devices.bin``, with head and footer."""
 
     name: str
     instance: int

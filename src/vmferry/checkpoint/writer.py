@@ -37,7 +37,7 @@ MAX_DISK: Final = 64 << 40
 
 
 class CheckpointWriter:
-    """Fills the new directory *path*; a context manager, which removes it where it was not committed.
+    """Fills the new directory *path*; a context manager, which removes what was not committed.
 
     It is a :class:`vmferry.migration.sink.Sink`.
     """

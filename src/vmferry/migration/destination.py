@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from vmferry.errors import PeerError, TransportError, VmferryError
+from vmferry.errors import ChannelClosed, PeerError, StreamError, TransportError, VmferryError
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener
 from vmferry.wire.bitmap import BitmapRecord
@@ -42,6 +42,9 @@ from .connections import Connections, Deadlines
 from .progress import Meter
 from .sink import Sink
 
+_SILENCE = 1.0
+"""Seconds after which a source that waits for an answer has nothing more to send."""
+
 _POSTCOPY = (Package, RamDiscard, PostcopyResume, ReceivedBitmap)
 
 
@@ -50,7 +53,9 @@ class Destination:
 
     *max_ram* bounds guest memory in bytes (default: this machine's memory), *page_size* is the
     target page where the stream does not tell, *tolerate* names what is accepted though a source
-    that means well never sends it.
+    that means well never sends it.  *switchover_ack* says whether to acknowledge the switchover,
+    which a source with ``switchover-ack`` waits for and one before QEMU 8.1 refuses to hear
+    (default: by the version of the machine type).
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class Destination:
         max_ram: int | None = None,
         page_size: int | None = None,
         tolerate: Tolerate = Tolerate.NOTHING,
+        switchover_ack: bool | None = None,
     ) -> None:
         self._sink = sink
         self._meter = meter or Meter()
@@ -71,6 +77,7 @@ class Destination:
         self._connections = Connections(
             listener, self._deadlines, self._store, self._refuse, self._moved
         )
+        self._switchover_ack = switchover_ack
         self._main: Channel | None = None
         self._answering = threading.Lock()
         self._answered = False
@@ -103,11 +110,12 @@ class Destination:
             self._answer(Shut(0))
             self._meter.phase("completed")
         except BaseException as error:
-            self._meter.phase("failed")
-            cause = self._connections.failure or error
+            # What broke first broke the rest: a source that is refused closes its connections.
+            first = self._connections.failure
             self._refuse()
-            if cause is not error and isinstance(error, TransportError):
-                raise cause from None
+            self._meter.phase("failed")
+            if first is not None and first is not error and isinstance(error, VmferryError):
+                raise first from None
             raise
         finally:
             self._connections.close()
@@ -123,10 +131,39 @@ class Destination:
             for event in reader.events():
                 self._handle(event)
             if reader.finished:
-                return
-            count = self._main.recv_into(reader.buffer.room(), self._deadlines.idle)
+                return self._check_end()
+            count = self._more(self._main)
             reader.buffer.received(count)
             self._moved(count)
+
+    def _more(self, main: Channel) -> int:
+        """Wait for more of the stream; how many bytes came."""
+        suspicion = self._reader.suspicion
+        room = self._reader.buffer.room()
+        if suspicion is None:
+            return main.recv_into(room, self._deadlines.idle)
+        try:
+            return main.recv_into(room, _SILENCE)
+        except ChannelClosed:
+            raise
+        except TransportError:
+            raise suspicion from None
+
+    def _check_end(self) -> None:
+        """A stream ends where its bytes do: what looks like its end before that is made to."""
+        reader, main = self._reader, self._main
+        extra = len(reader.buffer)
+        if main is not None and not extra and not reader.return_path and not reader.buffer.ended:
+            # Without a way back a source closes its end at once.
+            with suppress(TransportError):
+                extra = main.recv_into(reader.buffer.room(), _SILENCE)
+        if extra:
+            raise StreamError(
+                "the end of the input behind the end of the stream",
+                f"{extra} bytes or more",
+                channel=reader.channel,
+                offset=reader.buffer.offset,
+            )
 
     def _moved(self, count: int) -> None:
         """Count bytes of any channel."""
@@ -226,11 +263,15 @@ class Destination:
                 " use tcp: or unix:, or turn return-path off"
             )
         self._features.add("return-path")
+        if self._acknowledges():
+            self._answer(SwitchoverAck())
+
+    def _acknowledges(self) -> bool:
+        if self._switchover_ack is not None:
+            return self._switchover_ack
         configuration = self._reader.configuration
         version = machine_version(configuration.machine) if configuration else None
-        # A source with switchover-ack waits for this; sources before 8.1 refuse to hear it.
-        if version is not None and version >= (8, 1):
-            self._answer(SwitchoverAck())
+        return version is not None and version >= (8, 1)
 
     def _answer(self, message: Message) -> None:
         with self._answering:

@@ -1,7 +1,7 @@
 """The source of a precopy migration of a machine at rest.
 
-QEMU 7.2 ``migration/migration.c`` and ``migration/savevm.c``.  With a return path the machine is the
-destination's once it has said so, and not before.
+QEMU 7.2 ``migration/migration.c`` and ``migration/savevm.c``.  With a return path the machine is
+the destination's once it has said so, and not before.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vmferry.errors import ChannelClosed, PeerError, UsageError
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
 from vmferry.wire.commands import OpenReturnPath, Ping
+from vmferry.wire.description import parse_description
 from vmferry.wire.disk import DiskChunk, DiskEnd, DiskProgress
 from vmferry.wire.layout import (
     BITMAP_SECTION,
@@ -102,8 +103,7 @@ class Source:
         taken = machine.numbers
         free = (number for number in range(1 << 20) if number not in taken)
         self._disk, self._ram, self._bitmap = (next(free) for _ in range(3))
-        version = machine_version(machine.configuration.machine) if machine.configuration else None
-        self._flushes = version is not None and version >= _FLUSHES_SINCE
+        self._flushes = _flushes_by_record(machine)
         if not 0 <= self._options.multifd <= 255:
             raise UsageError(f"multifd takes 1 to 255 channels, not {self._options.multifd}")
         if self._options.method != Method.NONE and not self._options.multifd:
@@ -277,3 +277,13 @@ class Source:
 
 def _start(number: int, name: str) -> SectionStart:
     return SectionStart(number, name, 0, VERSIONS[name])
+
+
+def _flushes_by_record(machine: Outgoing) -> bool:
+    version = machine_version(machine.configuration.machine) if machine.configuration else None
+    if version is not None:
+        return version >= _FLUSHES_SINCE
+    # A machine type without a version is that of the QEMU that saved it, and from 8.2 on the
+    # description has the configuration in it.
+    text = machine.description
+    return text is not None and parse_description(text).configuration is not None

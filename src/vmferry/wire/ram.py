@@ -42,7 +42,8 @@ class RamBlock:
     """A named piece of guest memory: *length* bytes, a multiple of the target page.
 
     ``page_size`` is the host's page size for the block, sent only where a postcopy source uses huge
-    pages (QEMU 2.9).  ``address`` is where the guest sees it, sent under ``x-ignore-shared`` (4.0).
+    pages (QEMU 2.9).  ``address`` is its place in the memory region around it, sent under
+    ``x-ignore-shared`` (4.0).
     """
 
     name: str
@@ -129,7 +130,7 @@ class RamReader:
     """Reads the bodies of `ram` sections; remembers the blocks and the current one.
 
     ``page_size`` is the target page in bytes.  ``addresses`` says that entries of the block list
-    carry guest addresses, ``huge_pages`` that they may carry page sizes, ``postcopy`` that pages
+    carry addresses, ``huge_pages`` that they may carry page sizes, ``postcopy`` that pages
     are placed whole from now on.
     """
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Final
 
-from vmferry.errors import UsageError, printable
+from vmferry.errors import StreamError, UsageError, printable
 
 from . import foreign
 from .bitmap import BitmapReader
@@ -116,6 +116,7 @@ class StreamReader(ChannelReader[Event]):
         self._ram: RamReader | None = None
         self._sections: dict[int, _Iterable] = {}
         self._early_devices = 0
+        self._tail: TailFinder | None = None
 
     @property
     def page_size(self) -> int:
@@ -123,6 +124,15 @@ class StreamReader(ChannelReader[Event]):
         if self._ram is not None:
             return self._ram.page_size
         return self._page_size or target_page_size(self.configuration)
+
+    @property
+    def suspicion(self) -> StreamError | None:
+        """What is wrong with the stream, should no byte follow those received so far.
+
+        A source that waits for an answer sends nothing behind its description; where that one does
+        not fit the devices, silence is what tells.
+        """
+        return self._tail.rejection(len(self.buffer)) if self._tail is not None else None
 
     def _parse(self) -> Parse[None]:
         at = self._at
@@ -319,12 +329,13 @@ class StreamReader(ChannelReader[Event]):
 
     def _devices(self) -> Parse[None]:
         self._check_complete()
-        finder = self._tail_finder()
+        self._tail = finder = self._tail_finder()
         found = None
         while found is None:
             found = finder.search(self.buffer.view(), ended=self.buffer.ended)
             if found is None:
                 yield None
+        self._tail = None
         view = self.buffer.view()
         yield from found.sections(view)
         self.buffer.advance(found.devices_size + 1)
