@@ -3,13 +3,13 @@
 ::
 
     VmferryError                1
-    ├── UsageError              2   asked for something that cannot be: an option, a URI, an order of calls
+    ├── UsageError              2   asked for what cannot be: an option, a URI, an order of calls
     ├── StreamError             3   the bytes of a migration stream break a rule
     │   ├── TruncatedStream         the input ended inside something
     │   └── LimitExceeded           a number in the stream is above what the reader allows
     ├── TransportError          4   a channel could not be opened, broke, or went silent
     │   └── ChannelClosed           this side shut the channel down while it was in use
-    ├── PeerError               4   the other side refused, failed, or broke the order of the migration
+    ├── PeerError               4   the other side refused, failed, or broke the order
     └── StorageError            5   a file or a checkpoint directory
         ├── CheckpointIncomplete    its writer never finished it
         └── CheckpointDamaged       its content does not match its manifest
