@@ -22,11 +22,10 @@ VARIABLE = "VMFERRY_ANALYZE_MIGRATION"
 _SOURCES = """\
 Types: deb-src
 URIs: {mirror}
-Suites: bookworm bookworm-updates
+Suites: {release}
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 """
-_MIRROR = "MIRROR"
 _MEMBER = "*/scripts/analyze-migration.py"
 
 
@@ -46,7 +45,7 @@ def fetch_script(directory: Path) -> Path:
         parts, lists = Path(scratch, "parts"), Path(scratch, "lists", "partial")
         parts.mkdir()
         lists.mkdir(parents=True)
-        (parts / "qemu.sources").write_text(_SOURCES.format(mirror=_MIRROR))
+        (parts / "qemu.sources").write_text(_sources())
         options = [
             *("-o", "Dir::Etc::SourceList=/dev/null", "-o", f"Dir::Etc::SourceParts={parts}"),
             *("-o", f"Dir::State::Lists={lists.parent}", "-o", f"Dir::Cache={scratch}"),
@@ -61,12 +60,22 @@ def fetch_script(directory: Path) -> Path:
         return Path(scratch, "analyze-migration.py").rename(directory / "analyze-migration.py")
 
 
-def _run(*command: str, cwd: str) -> None:
+def _sources() -> str:
+    """The sources of the release and mirror that this machine takes its packages from."""
+    form = "$(REPO_URI) $(RELEASE) $(COMPONENT)"
+    targets = _run("apt-get", "indextargets", "--format", form, "Created-By: Packages").split("\n")
+    found = [target.split() for target in targets if target.endswith(" main")]
+    mirror, release, _ = min(found, key=lambda target: len(target[1]))
+    return _SOURCES.format(mirror=mirror, release=release)
+
+
+def _run(*command: str, cwd: str | None = None) -> str:
     done = subprocess.run(
         command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
+    return done.stdout
 
 
 def analyze(script: Path, stream: Path) -> dict[str, Any]:
