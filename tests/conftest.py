@@ -7,9 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
+from hypothesis import settings
 
 from vmferry.errors import UsageError
 from vmferry.qemu import QemuProcess, find_qemu
+
+# How long an example takes says more of the machine than of the code; tests have a time limit.
+settings.register_profile("vmferry", deadline=None)
+settings.load_profile("vmferry")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

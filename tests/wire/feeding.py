@@ -7,6 +7,7 @@ before more is fed.  Batches of pages depend on the sizes of reads and are taken
 from __future__ import annotations
 
 import enum
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -142,3 +143,31 @@ def check_truncation(make: Callable[[], ChannelReader[Any]], data: bytes) -> Non
         assert outcome.place.offset is not None
         assert outcome.place.offset <= size
         assert data.startswith(outcome.written)
+
+
+def check_invariant(make: Callable[[], ChannelReader[Any]], data: bytes, cut: int) -> Outcome:
+    """What holds for any bytes, fed whole and in pieces of pseudo-random sizes that *cut* chooses.
+
+    Nothing but a StreamError comes out, the same in both ways and at a byte of the input, and what
+    was read is written back byte for byte.
+    """
+    whole = read(make(), [data])
+    assert read(make(), pieces(data, cut)).result() == whole.result()
+    if whole.error is None:
+        assert whole.written == data[: whole.consumed]
+    else:
+        assert whole.place.offset is not None
+        assert 0 <= whole.place.offset <= len(data)
+        assert data.startswith(whole.written)
+        assert str(whole.error).isprintable()
+    return whole
+
+
+def pieces(data: bytes, seed: int) -> Iterator[bytes]:
+    """*data* in pieces: some of a byte, most of up to a sixteenth of it."""
+    chooser = random.Random(seed)  # noqa: S311
+    at = 0
+    while at < len(data):
+        size = chooser.choice((1, 7, 1 + chooser.randrange(1 + len(data) // 16)))
+        yield data[at : at + size]
+        at += size

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
 from tests.pages.twins import COMPRESS, CONTINUE, PAGE, XBZRLE, ZERO, record
+from tests.wire import described, streams
 from vmferry.pages.compression import Deflate, Plain, ZstdPack
 from vmferry.wire.bitmap import BitmapBits, BitmapComplete, BitmapsEnd, BitmapStart
 from vmferry.wire.buffer import encode_name
@@ -182,3 +185,37 @@ def packets(draw):
         out += [header[:16], counts, header[36:], payload]
         expected.append((block.name, normal, zero, sync) if normal or zero else sync)
     return blocks, b"".join(out), expected
+
+
+@st.composite
+def whole_streams(draw):
+    """Streams of all kinds of sections: the bytes, the devices as *(name, body)*, the page size."""
+    made = draw(described.streams())
+    page_size, ram, _ = draw(ram_bodies())
+    configuration = draw(configurations.filter(lambda made: "mapped-ram" not in made.capabilities))
+    capabilities = tuple(name for name in configuration.capabilities if name != "x-ignore-shared")
+    configuration = replace(
+        configuration, page_bits=page_size.bit_length() - 1, capabilities=capabilities
+    )
+    postcopy = PostcopyAdvise(page_size, page_size)
+    commands = draw(st.sampled_from(((), (OpenReturnPath(), Ping(1)), (EnableColo(), postcopy))))
+    bodies = {1: [streams.DiskEnd()], 2: [ram], 3: [streams.BitmapsEnd()]}
+    chosen = draw(st.permutations((1, 3)).map(lambda order: [2, *order]))[: draw(st.integers(1, 3))]
+    starts = [streams.start(n, *bodies[n], footer=made.footers) for n in chosen]
+    parts = [
+        streams.part(1, *draw(disk_bodies), footer=made.footers)
+        if n == 1
+        else streams.part(2, RamFlush(), RamEnd(), footer=made.footers)
+        for n in draw(st.lists(st.sampled_from([n for n in chosen if n != 3]), max_size=3))
+    ]
+    last = {1: [DiskEnd()], 2: [RamEnd()], 3: draw(bitmap_bodies())}
+    ends = [streams.end(n, *last[n], footer=made.footers) for n in chosen]
+    text = described.description(*made.devices, page_size=page_size)
+    data = streams.join(
+        *(streams.HEADER, configuration, *commands, *starts, *parts, *ends),
+        described.tail(made.sections, text),
+    )
+    devices = [
+        (device["name"], body) for device, body in zip(made.devices, made.bodies, strict=True)
+    ]
+    return data, devices, page_size

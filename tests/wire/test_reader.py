@@ -1,9 +1,18 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.wire import described
-from tests.wire.feeding import check_round_trip, check_truncation, read, read_in_every_way
+from tests.wire import strategies as some
+from tests.wire.feeding import (
+    check_invariant,
+    check_round_trip,
+    check_truncation,
+    read,
+    read_in_every_way,
+)
 from tests.wire.streams import (
     BLOCKS,
     CONFIGURATION,
@@ -52,6 +61,17 @@ closed = pytest.mark.parametrize("data", STREAMS.values(), ids=STREAMS.keys())
 @streams
 def test_stream_comes_back_however_it_is_read(data):
     check_round_trip(StreamReader, data)
+
+
+@settings(max_examples=150)
+@given(some.whole_streams(), st.integers(0, 99))
+def test_any_stream_comes_back(stream, cut):
+    data, devices, page_size = stream
+    outcome = check_invariant(StreamReader, data, cut)
+    assert (outcome.error, outcome.finished, outcome.consumed) == (None, True, len(data))
+    sections = [event[1] for event in outcome.events if event[0] == "DeviceSection"]
+    assert [(parts["name"], parts["body"]) for parts in sections] == devices
+    assert outcome.events[-1][1]["page_size"] == page_size
 
 
 @closed
