@@ -156,6 +156,22 @@ def test_channel_is_usable_after_a_timeout(pair: Pair) -> None:
     assert receive(receiver, 4) == b"late"
 
 
+def test_receiver_that_takes_nothing_ends_in_an_error_that_names_the_channel(pair: Pair) -> None:
+    sender, _ = pair
+    sender.name = "main"
+    with pytest.raises(TransportError, match=r'"main": waited 10 ms .* to read on, it did not'):
+        sender.send([bytes(MORE_THAN_FITS)], 0.01)
+    sender.shutdown()
+
+
+def test_slow_receiver_is_waited_for(pair: Pair) -> None:
+    sender, receiver = pair
+    for timeout in (PROMPT, None, PROMPT):
+        sending = blocked(lambda: sender.send([bytes(MORE_THAN_FITS)], timeout))  # noqa: B023
+        assert len(receive(receiver, MORE_THAN_FITS, step=1 << 20)) == MORE_THAN_FITS
+        sending.result(PROMPT)
+
+
 def test_clogged_sender_is_released_by_a_shutdown(pair: Pair) -> None:
     sender, _ = pair
     sending = blocked(lambda: send_for_ever(sender))

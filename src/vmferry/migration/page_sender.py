@@ -43,7 +43,8 @@ class _Job:
 class PageSender:
     """Sends pages over *channels*, each served by a thread.
 
-    Whatever goes wrong on a channel is raised by the next call.
+    Whatever goes wrong on a channel is raised by the next call, also that its other side reads
+    nothing for *idle* seconds.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class PageSender:
         method: Method,
         uuid: UUID,
         meter: Meter,
+        idle: float | None,
     ) -> None:
         self._channels = channels
+        self._idle = idle
         self._page_size = page_size
         self._method = method
         self._meter = meter
@@ -64,7 +67,7 @@ class PageSender:
         self._failure: BaseException | None = None
         for number, channel in enumerate(channels):
             channel.name = f"multifd {number}"
-            channel.send([Hello(uuid, number).encode()])
+            channel.send([Hello(uuid, number).encode()], idle)
         self._threads = [
             threading.Thread(target=self._run, args=(channel,), name=channel.name, daemon=True)
             for channel in channels
@@ -87,7 +90,7 @@ class PageSender:
         self._check()
         for channel in self._channels:
             header = self._header(None, np.zeros(0, np.uint64), 0, sync=True)
-            channel.send([header])
+            channel.send([header], self._idle)
             self._meter.count(transferred=len(header))
 
     def close(self) -> None:
@@ -128,7 +131,7 @@ class PageSender:
         payload = span if self._method == Method.NONE else compressor.pack(span)
         offsets = job.pages * np.uint64(size)
         header = self._header(job.block, offsets, len(payload))
-        channel.send([header, payload])
+        channel.send([header, payload], self._idle)
         self._meter.count(transferred=len(header) + len(payload), normal=len(job.pages))
         self._meter.tick()
 

@@ -56,13 +56,15 @@ _NOBODY: Final = UUID(int=0)
 class SendOptions:
     """How to send: ``multifd`` channels (0 for none) and their compression, and the limits.
 
-    ``bandwidth`` in bytes per second over all channels, ``None`` without limit.  ``answer`` is how
-    many seconds the destination may take to load what it was sent.
+    ``bandwidth`` in bytes per second over all channels, ``None`` without limit.  ``idle`` is how
+    many seconds the destination may read nothing while there is something to read, ``answer`` how
+    many it may take to load what it was sent; ``None`` is for ever.
     """
 
     multifd: int = 0
     method: Method = Method.NONE
     bandwidth: float | None = None
+    idle: float | None = 60.0
     answer: float | None = 60.0
 
 
@@ -174,6 +176,7 @@ class Source:
             method=self._options.method,
             uuid=(configuration.uuid if configuration else None) or _NOBODY,
             meter=self._meter,
+            idle=self._options.idle,
         )
         cleanup.callback(pages.close)
         return pages
@@ -250,7 +253,7 @@ class Source:
             self._send_bytes([event.encode()])
 
     def _send_bytes(self, parts: Sequence[Buffer]) -> None:
-        self._main.send(parts)
+        self._main.send(parts, self._options.idle)
         self._meter.count(transferred=sum(len(part) for part in parts))
         self._meter.tick()
 

@@ -68,8 +68,12 @@ class Channel(_Closing):
         """
 
     @abstractmethod
-    def send(self, parts: Sequence[Buffer]) -> None:
-        """Send all *parts* in order, unjoined.  On any exception an unknown amount was sent."""
+    def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
+        """Send all *parts* in order, unjoined.  On any exception an unknown amount was sent.
+
+        Where the peer takes nothing for *timeout* seconds, raises :class:`TransportError`; ``None``
+        waits for ever.
+        """
 
     @abstractmethod
     def end_of_data(self) -> None:
@@ -189,6 +193,14 @@ def silent(name: str, waiting_for: str, timeout: float) -> TransportError:
     """The error of a wait that took too long."""
     return TransportError(
         f"{printable(name)}: waited {format_duration(timeout)} for {waiting_for}, nothing came"
+    )
+
+
+def clogged(name: str, timeout: float) -> TransportError:
+    """The error of a send whose peer does not read."""
+    return TransportError(
+        f"{printable(name)}: waited {format_duration(timeout)} for the other side to read on, "
+        "it did not"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from vmferry.errors import TransportError, printable
 
-from .base import Buffer, Channel, check_room, closed, sending_after_end, silent
+from .base import Buffer, Channel, check_room, clogged, closed, sending_after_end, silent
 from .gather import Gather
 
 CAPACITY: Final = 256 << 10
@@ -63,7 +63,7 @@ class MemoryChannel(Channel):
             self._changed.notify_all()
             return count
 
-    def send(self, parts: Sequence[Buffer]) -> None:
+    def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
         """See :meth:`Channel.send`."""
         gather = Gather(parts)
         flow = self._outgoing
@@ -72,7 +72,10 @@ class MemoryChannel(Channel):
             if flow.has_ended:
                 raise sending_after_end(self.name)
             while gather.left:
-                self._await(lambda: flow.is_abandoned or len(flow.data) < self._capacity)
+                if not self._await(
+                    lambda: flow.is_abandoned or len(flow.data) < self._capacity, timeout
+                ):
+                    raise clogged(self.name, timeout or 0.0)
                 if flow.is_abandoned:
                     raise TransportError(f"{printable(self.name)}: the other side no longer reads")
                 for part in gather.window(self._capacity - len(flow.data)):

@@ -32,6 +32,7 @@ from .base import (
     Channel,
     SharedResource,
     check_room,
+    clogged,
     closed,
     sending_after_end,
     silent,
@@ -76,7 +77,8 @@ class DescriptorChannel(SharedResource, Channel):
                 try:
                     count = os.readv(self._descriptor, [buffer])
                 except BlockingIOError:
-                    self._await(select.POLLIN, timeout)
+                    if not self._await(select.POLLIN, timeout):
+                        raise silent(self.name, "data", timeout or 0.0) from None
                     continue
                 except OSError as error:
                     raise self._failure("receiving", error) from error
@@ -85,7 +87,7 @@ class DescriptorChannel(SharedResource, Channel):
                 return count
             raise closed(self.name)
 
-    def send(self, parts: Sequence[Buffer]) -> None:
+    def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
         """See :meth:`Channel.send`."""
         if self._receives:
             raise UsageError(f"{printable(self.name)}: this channel only receives")
@@ -99,7 +101,8 @@ class DescriptorChannel(SharedResource, Channel):
                 try:
                     gather.sent(os.writev(self._descriptor, window))
                 except BlockingIOError:
-                    self._await(select.POLLOUT, None)
+                    if not self._await(select.POLLOUT, timeout):
+                        raise clogged(self.name, timeout or 0.0) from None
                 except OSError as error:
                     raise self._failure("sending", error) from error
 
@@ -120,9 +123,8 @@ class DescriptorChannel(SharedResource, Channel):
     def _check_end(self) -> None:
         """Raise if the end of the stream, just read, is not to be trusted."""
 
-    def _await(self, events: int, timeout: float | None) -> None:
-        if not self._wakeup.wait([self._descriptor], events, timeout):
-            raise silent(self.name, "data", timeout or 0.0)
+    def _await(self, events: int, timeout: float | None) -> bool:
+        return self._wakeup.wait([self._descriptor], events, timeout)
 
     def _close_descriptor(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

@@ -124,11 +124,11 @@ class LimitedChannel(Channel):
         """See :meth:`Channel.recv_into`."""
         return self._channel.recv_into(buffer, timeout)
 
-    def send(self, parts: Sequence[Buffer]) -> None:
+    def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
         """See :meth:`Channel.send`; goes out in portions of 5 ms."""
         gather = Gather(parts)
         while gather.left:
-            self._channel.send(gather.window(self._limit.take_some(gather.left)))
+            self._channel.send(gather.window(self._limit.take_some(gather.left)), timeout)
             gather.sent(gather.window_size)
 
     def end_of_data(self) -> None:

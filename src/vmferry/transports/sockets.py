@@ -31,6 +31,7 @@ from .base import (
     Listener,
     SharedResource,
     check_room,
+    clogged,
     closed,
     sending_after_end,
     silent,
@@ -59,6 +60,7 @@ class SocketChannel(SharedResource, Channel):
         self.name = name
         self._socket = sock
         self._has_ended = False
+        self._send_timeout: float | None = None
         sock.setblocking(True)
         with contextlib.suppress(OSError):  # gone already: the first call tells
             _tune(sock)
@@ -77,16 +79,21 @@ class SocketChannel(SharedResource, Channel):
                 raise closed(self.name)
             return count
 
-    def send(self, parts: Sequence[Buffer]) -> None:
+    def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
         """See :meth:`Channel.send`."""
         gather = Gather(parts)
         with self.in_use():
             if self._has_ended:
                 raise sending_after_end(self.name)
             try:
+                if timeout != self._send_timeout:
+                    _bound_sending(self._socket, timeout or 0.0)
+                    self._send_timeout = timeout
                 while window := gather.window():
                     # A program may have given SIGPIPE back its default: it must not kill us.
                     gather.sent(self._socket.sendmsg(window, (), socket.MSG_NOSIGNAL))
+            except BlockingIOError:
+                raise clogged(self.name, timeout or 0.0) from None
             except OSError as error:
                 raise self._failure("sending", error) from error
 
@@ -316,17 +323,17 @@ def _dial(
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         if deadline is not None:
-            _bound_connect(sock, max(0.001, deadline - time.monotonic()))
+            _bound_sending(sock, max(0.001, deadline - time.monotonic()))
         sock.connect(place)
-        _bound_connect(sock, 0)
+        _bound_sending(sock, 0)
         return SocketChannel(sock, uri)
     except BaseException:
         sock.close()
         raise
 
 
-def _bound_connect(sock: socket.socket, seconds: float) -> None:
-    """Let the kernel end a connect after *seconds*; 0 for no limit.
+def _bound_sending(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel end a connect, or a wait for room, after *seconds*; 0 for no limit.
 
     The socket stays a blocking one: a UNIX socket that does not block cannot wait for room in
     the listener's queue at all.
