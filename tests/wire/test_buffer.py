@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.wire.feeding import Steps, check_truncation, read, read_in_every_way
-from vmferry.errors import StreamError, TruncatedStream
+from vmferry.errors import TruncatedStream, UsageError
 from vmferry.wire.buffer import Cursor, Parse, ReceiveBuffer, decode_name, encode_name
 
 
@@ -121,6 +121,18 @@ def test_broken_reader_raises_the_same_again():
     assert not reader.finished
 
 
+def test_reader_that_failed_in_another_way_is_not_finished():
+    def out_of_memory(at: Cursor) -> Parse[None]:
+        yield from at.take(1, "a byte")
+        raise MemoryError
+
+    reader = Steps(out_of_memory)
+    with pytest.raises(MemoryError):
+        list(reader.feed(b"x"))
+    assert list(reader.feed(b"y")) == []
+    assert not reader.finished
+
+
 def test_reader_takes_nothing_behind_its_end():
     reader = Steps(number)
     assert read(reader, [b"\0\0\0\7junk", b"more"]).events == [7]
@@ -159,5 +171,5 @@ def test_name_that_is_no_printable_text_is_refused(raw, found):
 
 @pytest.mark.parametrize("text", ["", "n" * 256, "ü" * 128])
 def test_name_that_no_length_byte_can_tell_is_not_written(text):
-    with pytest.raises(StreamError, match="a name of 1 to 255 bytes"):
+    with pytest.raises(UsageError, match=r"a name has 1 to 255 bytes, and .* has"):
         encode_name(text)

@@ -385,6 +385,29 @@ cdef int clear_page(int fd, uint32_t page_size, uint64_t offset) noexcept nogil:
     return 0
 
 
+cdef int store_delta(
+    int fd, const uint8_t *encoded, uint32_t length, uint32_t page_size, uint64_t offset, uint64_t *sum
+) noexcept nogil:
+    """Patch the page at *offset*, whose sum is in *sum*; 0, the errno, or -1 for a broken encoding."""
+    cdef uint8_t page[MAX_PAGE]
+    cdef iovec part
+    cdef uint64_t before = sum[0]
+    cdef int error
+    if page_size > MAX_PAGE:
+        return -1
+    error = read_page(fd, page, page_size, offset)
+    if error:
+        return error
+    if not apply_xbzrle(encoded, length, page, page_size):
+        return -1
+    sum[0] = page_sum(page, page_size)
+    if sum[0] == 0:
+        return clear_page(fd, page_size, offset) if before != 0 else 0
+    part.iov_base = page
+    part.iov_len = page_size
+    return write_all(fd, &part, 1, offset)
+
+
 def store_records(
     int fd,
     const Row[::1] rows,
@@ -398,7 +421,6 @@ def store_records(
     cdef uint64_t pages = sums.shape[0]
     cdef uint32_t flags
     cdef int error = 0, parts
-    cdef uint8_t page[MAX_PAGE]
     cdef iovec run[MAX_RUN]
     cdef const uint8_t *source
     if page_size < 32 or page_size % 32:
@@ -442,21 +464,10 @@ def store_records(
                     error = clear_page(fd, page_size, offset)
                     if error:
                         break
-            elif flags == XBZRLE and page_size <= MAX_PAGE:
-                error = read_page(fd, page, page_size, offset)
-                if error:
-                    break
-                if rows[i].length and not apply_xbzrle(
-                    &data[rows[i].position], rows[i].length, page, page_size
-                ):
-                    break
-                value = page_sum(page, page_size)
-                if value == 0:
-                    error = clear_page(fd, page_size, offset) if sums[index] != 0 else 0
-                else:
-                    run[0].iov_base = page
-                    run[0].iov_len = page_size
-                    error = write_all(fd, run, 1, offset)
+            elif flags == XBZRLE:
+                source = &data[rows[i].position] if rows[i].length else NULL
+                value = sums[index]
+                error = store_delta(fd, source, rows[i].length, page_size, offset, &value)
                 if error:
                     break
             else:
@@ -467,4 +478,4 @@ def store_records(
             error = write_all(fd, run, parts, run_offset)
             if error:
                 i = run_start
-    return i, error
+    return i, max(error, 0)

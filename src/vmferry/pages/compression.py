@@ -15,8 +15,8 @@ from vmferry.errors import StreamError
 
 Bytes = bytes | memoryview
 
-_WINDOW: Final = 1 << 27
-"""Bytes of zstd window accepted; level 20, QEMU's highest, uses 2^27 with pages of any size."""
+_WINDOW: Final = 1 << 25
+"""Bytes of zstd window accepted: what QEMU's highest level, 20, uses; its default needs 2^19."""
 
 
 class Decompressor(Protocol):

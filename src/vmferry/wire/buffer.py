@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from typing import Any, Final, Generic, TypeVar
 
-from vmferry.errors import StreamError, TruncatedStream, printable
+from vmferry.errors import StreamError, TruncatedStream, UsageError, printable
 
 T = TypeVar("T")
 E = TypeVar("E")
@@ -55,7 +55,7 @@ class ReceiveBuffer:
                 self._memory = grown
                 self._view = memoryview(grown)
             else:
-                self._view[:held] = bytes(self.view())
+                self._view[:held] = self.view()
             self._start, self._end = 0, held
         return self._view[self._end :]
 
@@ -162,7 +162,7 @@ class ChannelReader(ABC, Generic[E]):
         self.finished = False
         self._at = Cursor(self.buffer)
         self._error: StreamError | None = None
-        self._steps = self._parse()
+        self._steps = self._run()
 
     def feed(self, data: bytes | memoryview) -> Iterator[E]:
         """The events of *data*, copied in piece by piece; empty *data* ends the input."""
@@ -190,6 +190,9 @@ class ChannelReader(ABC, Generic[E]):
         except StreamError as error:
             self._error = error.within(channel=self.channel, offset=self.buffer.offset)
             raise
+
+    def _run(self) -> Parse[None]:
+        yield from self._parse()
         self.finished = True
 
     @abstractmethod
@@ -227,5 +230,5 @@ def encode_name(name: str) -> bytes:
     """*name* with its length byte in front."""
     raw = name.encode("utf-8")
     if not 1 <= len(raw) <= 255:
-        raise StreamError("a name of 1 to 255 bytes", f"{len(raw)} bytes")
+        raise UsageError(f"a name has 1 to 255 bytes, and {printable(name)} has {len(raw)}")
     return bytes([len(raw)]) + raw

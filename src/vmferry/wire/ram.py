@@ -246,7 +246,8 @@ class RamReader:
         yield from within(self._batch(at, word, block), block=block.name)
 
     def _switch_block(self, at: Cursor, word: int) -> Parse[None]:
-        size = 9 + (yield from at.peek_number(9, "the name of a RAM block")) % 256
+        yield from at.need(9, "the name of a RAM block")
+        size = 9 + at.buffer.peek(9)[8]
         yield from at.need(size, "the name of a RAM block")
         name = bytes(at.buffer.peek(size)[8:])
         if name == self._name:

@@ -278,6 +278,8 @@ class StreamReader(ChannelReader[Event]):
             case PostcopyAdvise():
                 self._check_page_size(command.target_page, offset)
                 self._advised = command
+            case RamDiscard():
+                self._check_discard(command, offset)
             case Package():
                 self.postcopy = True
                 if self._ram is not None:
@@ -298,6 +300,24 @@ class StreamReader(ChannelReader[Event]):
             case PostcopyResume() | ReceivedBitmap():
                 return "this command in the recovery of a postcopy alone"
         return None
+
+    def _check_discard(self, discard: RamDiscard, offset: int) -> None:
+        block = self._ram.blocks.get(discard.block) if self._ram is not None else None
+        if block is None:
+            raise self._at.fail(
+                "the name of a RAM block from the list before",
+                printable(discard.block),
+                offset=offset,
+            )
+        for start, length in discard.ranges:
+            odd = (start | length) % self.page_size
+            if odd or start > block.length or length > block.length - start:
+                raise self._at.fail(
+                    f"ranges of whole pages up to {block.length:#x}",
+                    f"{start:#x}+{length:#x}",
+                    offset=offset,
+                    block=block.name,
+                )
 
     def _check_page_size(self, told: int | None, offset: int) -> None:
         if told not in (None, self.page_size):
