@@ -109,7 +109,7 @@ BAD = [
         STARTED,
         BITS + "00000000",
         StreamError,
-        "one or more sectors .* found 0 from 0",
+        "one or more sectors .* found 0 sectors from 0",
         0,
     ),
     ("an odd start", STARTED, "42 0000000000000001 00000001", StreamError, "multiple of 128", 0),
@@ -128,7 +128,7 @@ BAD = [
         STARTED,
         BITS + "00020000 " + "00" * 7 + "7f",
         StreamError,
-        "128 to 128 bytes for 131072 sectors, found 127",
+        "expected 128 bytes of bits for 131072 sectors, found 127",
         0,
     ),
     (
@@ -136,7 +136,7 @@ BAD = [
         STARTED,
         BITS + "00000080 " + "00" * 7 + "21",
         StreamError,
-        "1 to 32 bytes for 128 sectors, found 33",
+        "1 to 32 bytes of bits for 128 sectors, found 33",
         0,
     ),
     (

@@ -108,7 +108,7 @@ def test_truncation_tells_what_is_missing_and_where():
     outcome = read(Steps(number, number), [b"\0\0\0\1\0"])
     assert isinstance(outcome.error, TruncatedStream)
     assert str(outcome.error) == (
-        'expected 4 bytes for a number, found the end of the input after 1 (channel "test",'
+        'expected a number, found the end of the input after 1 of 4 bytes (channel "test",'
         " byte 0x4); the stream was cut off, or its sender failed"
     )
 

@@ -13,7 +13,7 @@ from typing import Final
 from vmferry.errors import LimitExceeded, StreamError
 
 from . import limits
-from .buffer import Cursor, Parse, encode_name, within
+from .buffer import Cursor, Parse, either, encode_name, within
 from .layout import SECTOR, BitmapFlag
 
 _NAMES: Final = BitmapFlag.BITMAP_NAME | BitmapFlag.NODE_NAME
@@ -179,7 +179,7 @@ class BitmapReader:
         first = yield from at.number(8, "the first sector of a run of bits")
         sectors = yield from at.number(4, "the sectors of a run of bits")
         if first > _SECTORS or not 0 < sectors <= _SECTORS - first:
-            raise StreamError("one or more sectors below 2^54", f"{sectors} from {first}")
+            raise StreamError("one or more sectors below 2^54", f"{sectors} sectors from {first}")
         if first % (granularity // SECTOR):
             raise StreamError(f"a multiple of {granularity // SECTOR} sectors", str(first))
         data = None
@@ -194,5 +194,6 @@ class BitmapReader:
             raise LimitExceeded(f"at most {limits.BITMAP_DATA} bytes of bits", str(size))
         most = -(-least // _PADDING) * _PADDING
         if not least <= size <= most:
-            raise StreamError(f"{least} to {most} bytes for {sectors} sectors", str(size))
+            allowed = either(range(least, most + 1))
+            raise StreamError(f"{allowed} bytes of bits for {sectors} sectors", str(size))
         return (yield from at.take(size, "a run of bits"))

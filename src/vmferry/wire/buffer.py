@@ -92,8 +92,8 @@ class Cursor:
         while len(self.buffer) < count:
             if self.buffer.ended:
                 raise TruncatedStream(
-                    f"{count} bytes for {what}",
-                    f"the end of the input after {len(self.buffer)}",
+                    what,
+                    f"the end of the input after {len(self.buffer)} of {count} bytes",
                     offset=self.buffer.offset,
                     advice="the stream was cut off, or its sender failed",
                 )
@@ -215,7 +215,7 @@ def decode_name(raw: bytes, what: str, offset: int | None = None) -> str:
 def unpack_name(raw: bytes, what: str) -> str:
     """The name in *raw*, which is its length byte and the name, and nothing behind."""
     if raw[0] != len(raw) - 1:
-        raise StreamError(f"a name of {len(raw) - 1} bytes", f"length byte {raw[0]}")
+        raise StreamError(f"{len(raw) - 1} as the length of {what}", str(raw[0]))
     return decode_name(raw[1:], what)
 
 

@@ -179,24 +179,27 @@ def _bitmap(payload: bytes) -> Command:
     return ReceivedBitmap(unpack_name(payload, "the name of a RAM block"))
 
 
-def _bare(command: type[Command]) -> tuple[range, Callable[[bytes], Command]]:
-    return range(1), lambda _payload: command()
+def _bare(command: type[Command]) -> Callable[[bytes], Command]:
+    return lambda _payload: command()
 
 
-# Number: allowed lengths of the payload, and its reader; a package has more behind it.
-_COMMANDS: Final[dict[int, tuple[range, Callable[[bytes], Command] | None]]] = {
-    OpenReturnPath.number: _bare(OpenReturnPath),
-    Ping.number: (range(4, 5), _ping),
-    PostcopyAdvise.number: (range(0, 17, 16), _advise),
-    PostcopyListen.number: _bare(PostcopyListen),
-    PostcopyRun.number: _bare(PostcopyRun),
-    RamDiscard.number: (range(20, 1 << 16), _discard),
-    Package.number: (range(4, 5), None),
-    EnableColo.number: _bare(EnableColo),
-    PostcopyResume.number: _bare(PostcopyResume),
-    ReceivedBitmap.number: (range(2, 257), _bitmap),
-    SwitchoverStart.number: _bare(SwitchoverStart),
+_NONE: Final = range(1)
+
+# Command: allowed lengths of the payload, and its reader; a package has more behind it.
+_READERS: Final[dict[type[Command], tuple[range, Callable[[bytes], Command] | None]]] = {
+    OpenReturnPath: (_NONE, _bare(OpenReturnPath)),
+    Ping: (range(4, 5), _ping),
+    PostcopyAdvise: (range(0, 17, 16), _advise),
+    PostcopyListen: (_NONE, _bare(PostcopyListen)),
+    PostcopyRun: (_NONE, _bare(PostcopyRun)),
+    RamDiscard: (range(20, 1 << 16), _discard),
+    Package: (range(4, 5), None),
+    EnableColo: (_NONE, _bare(EnableColo)),
+    PostcopyResume: (_NONE, _bare(PostcopyResume)),
+    ReceivedBitmap: (range(2, 257), _bitmap),
+    SwitchoverStart: (_NONE, _bare(SwitchoverStart)),
 }
+_COMMANDS: Final = {command.number: command for command in _READERS}
 
 
 def parse_command(at: Cursor) -> Parse[Command]:
@@ -210,12 +213,17 @@ def _command(at: Cursor) -> Parse[Command]:
     if number not in _COMMANDS:
         raise StreamError("a command from 1 to 11", str(number))
     size = yield from at.number(2, "the length of a command")
-    lengths, read = _COMMANDS[number]
+    lengths, read = _READERS[_COMMANDS[number]]
     if size not in lengths:
-        raise StreamError(f"{either(lengths)} bytes for command {number}", str(size))
+        raise StreamError(f"{either(lengths)} bytes for {command_name(number)}", str(size))
     if read is None:
         return (yield from _package(at))
-    return read((yield from at.take(size, f"command {number}")))
+    return read((yield from at.take(size, command_name(number))))
+
+
+def command_name(number: int) -> str:
+    """How messages call a command: by its number and the name of its class."""
+    return f"command {number} ({_COMMANDS[number].__name__})"
 
 
 def _package(at: Cursor) -> Parse[Package]:
@@ -240,12 +248,12 @@ def _check_package(content: bytes | memoryview, offset: int) -> None:
     if first != _LISTEN:
         raise StreamError(
             f"a package that begins with LISTEN ({_LISTEN.hex(' ')})",
-            first.hex(" "),
+            first.hex(" ") or "nothing",
             offset=offset,
         )
     if second[:1] != bytes([Kind.FULL]) and second not in (_PING[:3], _RUN[:3]):
         raise StreamError(
-            "a device, a ping or RUN behind LISTEN", second.hex(" "), offset=offset + 5
+            "a device, a ping or RUN behind LISTEN", second.hex(" ") or "nothing", offset=offset + 5
         )
     if last != _RUN:
         raise StreamError(
@@ -268,5 +276,6 @@ __all__ = [
     "RamDiscard",
     "ReceivedBitmap",
     "SwitchoverStart",
+    "command_name",
     "parse_command",
 ]

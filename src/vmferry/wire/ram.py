@@ -211,7 +211,7 @@ class RamReader:
         length = yield from at.number(8, "the length of a RAM block")
         if length == 0 or length % self.page_size or length > left:
             raise at.fail(
-                f"a length of 1 to {left // self.page_size} pages of {self.page_size} bytes"
+                f"whole pages of {self.page_size} bytes, at most {left:#x} bytes of them"
                 " (the lengths add up to the total)",
                 f"{length:#x} bytes",
                 offset=offset,

@@ -29,6 +29,7 @@ from .commands import (
     PostcopyRun,
     RamDiscard,
     ReceivedBitmap,
+    command_name,
     parse_command,
 )
 from .configuration import Configuration, parse_configuration
@@ -271,7 +272,7 @@ class StreamReader(ChannelReader[Event]):
         offset = self.buffer.offset
         command = yield from parse_command(self._at)
         if (rule := self._broken_rule(command)) is not None:
-            raise self._at.fail(rule, f"command {command.number}", offset=offset)
+            raise self._at.fail(rule, command_name(command.number), offset=offset)
         match command:
             case OpenReturnPath():
                 self.return_path = True
