@@ -76,6 +76,7 @@ class PageChannel:
 
     def _receive(self) -> None:
         buffer = self._reader.buffer
+        self._received(len(buffer))
         while True:
             for event in self._reader.events():
                 if isinstance(event, Hello):

@@ -127,6 +127,7 @@ class Destination:
         self._meter.start()
         reader.buffer.room()[: len(head)] = head
         reader.buffer.received(len(head))
+        self._moved(len(head))
         while True:
             for event in reader.events():
                 self._handle(event)
