@@ -13,12 +13,14 @@ from rich.text import Text
 
 from vmferry.migration.progress import Progress
 
-from .output import name, say
-from .reports import Done, Reporter, parts, share
+from .output import say
+from .reports import Done, Reporter, greeting, parts, share
 
 _BAR: Final = 20
 _PHASE: Final = 7
 """Columns of the bar and of the phase."""
+_ROOM: Final = 68
+"""Columns behind the phase from which on there is room for more than the numbers."""
 
 
 class Display(Reporter):
@@ -46,11 +48,11 @@ class Display(Reporter):
 
     def listening(self, address: str) -> None:
         """The source may connect now."""
-        say(f"listening at {name(address)}")
+        say(greeting(address))
 
     def progress(self, now: Progress) -> None:
         """So far it got."""
-        self.last = now
+        super().progress(now)
         if now.transferred and not self._is_over:
             self._live.start()
 
@@ -71,7 +73,7 @@ class _Line:
         row = Table.grid(padding=(0, 1))
         cells: list[Text | ProgressBar] = [Text(now.phase.ljust(_PHASE), style="bold")]
         room = options.max_width - _PHASE - 1 - len("^C")  # with that on it, it is still one line
-        if room > 2 * _BAR:
+        if room >= _ROOM:
             room -= _BAR + 1
             cells.append(ProgressBar(total=1.0, completed=share(now), width=_BAR))
         row.add_row(*cells, Text(_fitting(parts(now), room)))

@@ -61,7 +61,7 @@ def _rounded(content: dict[str, Any]) -> dict[str, Any]:
 
 
 class Reporter:
-    """Says nothing, as for ``--quiet``; but remembers the last progress.
+    """Says nothing, as for ``--quiet``; but remembers how far it got, in ``last``.
 
     A context manager around the work.  :meth:`progress` is called from its threads.
     """
@@ -86,7 +86,8 @@ class Reporter:
 
     def progress(self, now: Progress) -> None:
         """So far it got."""
-        self.last = now
+        if now.phase != "failed":
+            self.last = now
 
     def finished(self, done: Done) -> None:
         """It is done."""
@@ -104,12 +105,12 @@ class Lines(Reporter):
 
     def listening(self, address: str) -> None:
         """The source may connect now."""
-        say(f"listening at {name(address)}")
+        say(greeting(address))
 
     def progress(self, now: Progress) -> None:
         """So far it got."""
-        self.last = now
-        if now.phase == "active" and now.transferred and time.monotonic() >= self._due:
+        super().progress(now)
+        if now.phase in ("active", "device") and time.monotonic() >= self._due:
             self._due = time.monotonic() + _EVERY
             with suppress(OSError):  # nobody listens
                 say(", ".join(parts(now)), sys.stderr)
@@ -135,7 +136,7 @@ class JsonLines(Reporter):
 
     def progress(self, now: Progress) -> None:
         """So far it got."""
-        self.last = now
+        super().progress(now)
         try:
             self._event("progress", _rounded(asdict(now)))
         except OSError:  # a full disk is no reason to break a migration off
@@ -165,6 +166,12 @@ def reporter(*, json: bool, quiet: bool, out_is_stream: bool = False) -> Reporte
 
         return Display()
     return Lines()
+
+
+def greeting(address: str) -> str:
+    """What is being waited for."""
+    waits = address.startswith(("tcp:", "unix:"))
+    return f"{'listening at' if waits else 'reading'} {name(address)}"
 
 
 def share(now: Progress) -> float:
