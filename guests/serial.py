@@ -8,8 +8,8 @@ import time
 from typing import Self
 
 # Whole lines only: the first one after a migration may be the second half of one.
-_BEAT = re.compile(r"C ([0-9A-F]{8})")
-_ERROR = re.compile(r"E ([0-9A-F]{8}) ([0-9A-F]{8}) ([0-9A-F]{8})")
+_BEAT = re.compile(r"C ([0-9A-F]{8})", re.IGNORECASE)
+_ERROR = re.compile(r"E ([0-9A-F]{8}) ([0-9A-F]{8}) ([0-9A-F]{8})", re.IGNORECASE)
 
 
 class GuestError(AssertionError):
