@@ -1,9 +1,10 @@
-"""QEMU's own ``scripts/analyze-migration.py``, as a second opinion; it does not ship with vmferry.
+"""QEMU's own scripts, as a second opinion; they do not ship with vmferry.
 
-The environment variable VMFERRY_ANALYZE_MIGRATION names it, or says ``fetch``: then it is taken
-from Debian's source package of QEMU 7.2 with apt, into a directory of its own, and nothing of the
-system changes.  That reads 34 MB from the mirror and takes some seconds.  Once fetched, for use in
-several runs: ``python -m tests.vmstate.analyze DIRECTORY`` prints the script's path.
+The environment variable VMFERRY_ANALYZE_MIGRATION names ``scripts/analyze-migration.py``, beside
+which the others lie, or says ``fetch``: then they are taken from Debian's source package of QEMU
+7.2 with apt, into a directory of their own, and nothing of the system changes.  That reads 34 MB
+from the mirror and takes some seconds.  Once fetched, for use in several runs:
+``python -m tests.vmstate.analyze DIRECTORY`` prints the path for the variable.
 """
 
 from __future__ import annotations
@@ -26,20 +27,26 @@ Suites: {release}
 Components: main
 Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
 """
-_MEMBER = "*/scripts/analyze-migration.py"
+ANALYZE = "analyze-migration.py"
+CHECKER = "vmstate-static-checker.py"
+
+
+def find_script(name: str = ANALYZE) -> Path | None:
+    """A script, or ``None`` where nobody says where it is; fetched where that is asked for."""
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return None
+    path = (_fetched() if wanted == "fetch" else Path(wanted)).with_name(name)
+    return path if path.exists() else None
 
 
 @functools.cache
-def find_script() -> Path | None:
-    """The script, or ``None`` where nobody says where it is; fetched where that is asked for."""
-    wanted = os.environ.get(VARIABLE)
-    if wanted == "fetch":
-        return fetch_script(Path(tempfile.mkdtemp(prefix="vmferry-analyze-")))
-    return Path(wanted) if wanted else None
+def _fetched() -> Path:
+    return fetch_scripts(Path(tempfile.mkdtemp(prefix="vmferry-analyze-")))
 
 
-def fetch_script(directory: Path) -> Path:
-    """Take the script from Debian's source package; leaves nothing else in *directory*."""
+def fetch_scripts(directory: Path) -> Path:
+    """Take the scripts from Debian's source package; leaves nothing else in *directory*."""
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         parts, lists = Path(scratch, "parts"), Path(scratch, "lists", "partial")
@@ -54,10 +61,13 @@ def fetch_script(directory: Path) -> Path:
         _run("apt-get", *options, "-q", "update", cwd=scratch)
         _run("apt-get", *options, "-q", "source", "--tar-only", "qemu", cwd=scratch)
         (archive,) = Path(scratch).glob("qemu_*.orig.tar.*")
-        _run(
-            "tar", "-xf", archive.name, "--wildcards", "--strip-components=2", _MEMBER, cwd=scratch
-        )
-        return Path(scratch, "analyze-migration.py").rename(directory / "analyze-migration.py")
+        names = (ANALYZE, CHECKER)
+        members = [f"*/scripts/{name}" for name in names]
+        unpack = ("tar", "-xf", archive.name, "--wildcards", "--strip-components=2")
+        _run(*unpack, *members, cwd=scratch)
+        for name in names:
+            Path(scratch, name).rename(directory / name)
+        return directory / ANALYZE
 
 
 def _sources() -> str:
@@ -90,4 +100,4 @@ def analyze(script: Path, stream: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(fetch_script(Path(sys.argv[1])))  # noqa: T201
+    print(fetch_scripts(Path(sys.argv[1])))  # noqa: T201
