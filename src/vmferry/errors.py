@@ -4,9 +4,11 @@
 
     VmferryError                1
     ├── UsageError              2   asked for what cannot be: an option, a URI, an order of calls
+    │   └── DeclarationError        a class declares a state that cannot be
     ├── StreamError             3   the bytes of a migration stream break a rule
     │   ├── TruncatedStream         the input ended inside something
-    │   └── LimitExceeded           a number in the stream is above what the reader allows
+    │   ├── LimitExceeded           a number in the stream is above what the reader allows
+    │   └── StateError              a device's state does not fit its declaration, saving or loading
     ├── TransportError          4   a channel could not be opened, broke, or went silent
     │   └── ChannelClosed           this side shut the channel down while it was in use
     ├── PeerError               4   the other side refused, failed, or broke the order
@@ -37,6 +39,10 @@ class UsageError(VmferryError):
     """The caller asked for something that cannot be done as asked."""
 
     exit_status = 2
+
+
+class DeclarationError(UsageError):
+    """A class declares a state that cannot be saved or loaded; names the class and the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,29 @@ class TruncatedStream(StreamError):
 
 class LimitExceeded(StreamError):
     """A length or count in the stream is above the limit set for it."""
+
+
+class StateError(StreamError):
+    """The state of a device does not fit its declaration, when saving or when loading.
+
+    ``field`` is the path of the field, as in ``timer.channels[3].mode``.
+    """
+
+    def __init__(self, expected: str, found: str, *, field: str = "") -> None:
+        super().__init__(expected, found)
+        self.field = field
+
+    def inside(self, outer: str) -> StateError:
+        """Add the field, or the index in brackets, that the path so far lies in."""
+        self.field = outer + ("." if self.field[:1] not in {"", "["} else "") + self.field
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """Also ``field``."""
+        return super().to_json() | {"field": self.field}
+
+    def __str__(self) -> str:
+        return f"{self.field}: {super().__str__()}" if self.field else super().__str__()
 
 
 class TransportError(VmferryError):

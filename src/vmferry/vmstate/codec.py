@@ -1,0 +1,395 @@
+"""Saving and loading the objects of declared classes.
+
+For each class and version a codec is compiled once.  Numbers that follow one another are one call
+of ``struct`` and one of ``attrgetter``, whatever else is one call of its codec in :mod:`.values`.
+
+Loading decodes everything before it changes anything, with one exception: ``pre_load`` runs first.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from vmferry.errors import StateError, UsageError, printable
+
+from . import plan as p
+from .arrays import Items, Numbers
+from .linked import Queue, Tree
+from .runs import Run
+from .staging import Blank, Frame, Kept, Loader, Saver, View, run_hook
+from .values import Bits, Bytes, Custom, Number, One, Value
+
+_SUBSECTION: Final = 5
+_HEAD: Final = struct.Struct(">I")
+
+
+def save(obj: object) -> bytes:
+    """The bytes of a declared object, as the body of a device section has them.
+
+    ``post_save`` is called whether or not that succeeds, as it may have to undo ``pre_save``.
+    Raises :class:`StateError` for a value that does not fit, and for a device that is unmigratable.
+    """
+    plan = plan_of_object(obj)
+    if plan.registration is not None and plan.registration.unmigratable is not None:
+        raise StateError("a device that can be migrated", plan.registration.unmigratable).inside(
+            plan.name
+        )
+    saver = Saver()
+    try:
+        compile_plan(plan, plan.version).save(obj, saver)
+        return b"".join(saver.parts)
+    except StateError as error:
+        raise error.inside(plan.name) from error.__cause__
+    finally:
+        for hook in saver.after:
+            hook()
+
+
+class Staged:
+    """A state that has decoded whole, and is not assigned yet; ``size`` is its bytes."""
+
+    def __init__(self, name: str, size: int, loader: Loader) -> None:
+        self.size = size
+        self._name = name
+        self._loader = loader
+
+    def commit(self) -> None:
+        """Assign it, and run what takes notice: temporaries and ``post_load``, innermost first."""
+        self._loader.commit()
+        try:
+            for hook in self._loader.after:
+                hook()
+        except StateError as error:
+            raise error.inside(self._name) from error.__cause__
+
+
+def stage(obj: object, data: bytes | bytearray | memoryview, version: int) -> Staged:
+    """Decode a state of *obj* that *data* begins with, of which *version* it says it is.
+
+    Nothing is changed before the result's ``commit()``, until when *data* must not change either.
+    Raises :class:`StateError`.
+    """
+    plan = plan_of_object(obj)
+    view = memoryview(data).toreadonly().cast("B")
+    try:
+        check_version(plan, version)
+        codec = compile_plan(plan, version)
+        loader = Loader(view, 0, codec.recording)
+        codec.load_into(loader, obj)
+    except StateError as error:
+        raise error.inside(plan.name) from error.__cause__
+    return Staged(plan.name, loader.at, loader)
+
+
+def load(obj: object, data: bytes | bytearray | memoryview, version: int) -> None:
+    """Load *data*, all of it, into *obj*.
+
+    *obj* is as it was where that fails with a :class:`StateError`, unless ``post_load`` was what
+    failed.
+    """
+    staged = stage(obj, data, version)
+    if staged.size != memoryview(data).nbytes:
+        raise StateError(
+            f"a state of {memoryview(data).nbytes} bytes", f"its end at {staged.size}"
+        ).inside(plan_of_object(obj).name)
+    staged.commit()
+
+
+def plan_of_object(obj: object) -> p.Plan:
+    """The plan of an object, or an error that says what lacks."""
+    plan = type(obj).__dict__.get(p.PLAN)
+    if isinstance(plan, p.Plan) and plan.cls is type(obj):
+        return plan
+    raise UsageError(f"{type(obj).__qualname__} is not declared with @device or @state")
+
+
+def compile_plan(plan: p.Plan, version: int) -> StateCodec:
+    """The codec of *plan* for streams of *version*."""
+    codec = plan.codecs.get(version)
+    if codec is None:
+        codec = plan.codecs[version] = StateCodec(plan, version)
+    return codec
+
+
+class _Step(Protocol):
+    """Saves and loads some of an object's fields."""
+
+    def save(self, obj: Any, saver: Saver) -> None:
+        """Add the bytes."""
+
+    def load(self, loader: Loader, frame: Frame) -> None:
+        """Take the bytes, and stage what they assign."""
+
+
+class StateCodec:
+    """The codec of one declared class, in one version."""
+
+    def __init__(self, plan: p.Plan, version: int) -> None:
+        self.plan = plan
+        self._version = version
+        self._steps = tuple(_steps(plan, version))
+        self._parts = {
+            part.plan.name: (part, compile_plan(part.plan, part.plan.version), _head(part.plan))
+            for part in plan.subsections
+        }
+        self.recording: bool = any(
+            field.when is not None or getattr(field.kind, "count", None) for field in plan.fields
+        ) or any(codec.recording for codec in self._inner())
+
+    def _inner(self) -> list[StateCodec]:
+        plans = [inner for field in self.plan.fields for inner in p.plans_of(field.kind)]
+        return [
+            *(compile_plan(plan, plan.version) for plan in plans),
+            *(codec for _, codec, _ in self._parts.values()),
+        ]
+
+    def save(self, obj: Any, saver: Saver) -> None:
+        """Add the bytes of *obj*, hooks included."""
+        hooks = self.plan.hooks
+        if "pre_save" in hooks:
+            run_hook("pre_save", obj.pre_save)
+        if "post_save" in hooks:
+            saver.after.append(obj.post_save)
+        for step in self._steps:
+            step.save(obj, saver)
+        for part, codec, head in self._parts.values():
+            value = needed_part(part, obj)
+            if value is not None:
+                saver.parts.append(head)
+                try:
+                    codec.save(value, saver)
+                except StateError as error:
+                    raise error.inside(part.attribute) from error.__cause__
+
+    def load_into(self, loader: Loader, obj: Any) -> Any:
+        """Decode the state of *obj*, stage it, and say how it will look."""
+        hooks = self.plan.hooks
+        if "pre_load" in hooks:
+            run_hook("pre_load", obj.pre_load)
+        frame = self._decode(loader, obj)
+        if "post_load" in hooks:
+            self._due(loader, obj)
+        return View(frame)
+
+    def load_new(self, loader: Loader) -> Any:
+        """Decode a state, and make an object of it; its ``post_load`` waits for the others."""
+        cls, required = self.plan.cls, self.plan.required
+        if required is None:
+            raise StateError(f"a {cls.__qualname__} to load into", "none, and it cannot be made")
+        target: Any = Blank() if required else run_hook(cls.__name__, cls)
+        hooks = self.plan.hooks
+        if "pre_load" in hooks and not required:
+            run_hook("pre_load", target.pre_load)
+        outer, loader.commits = loader.commits, []
+        try:
+            frame = self._decode(loader, target)
+            loader.commit()
+        finally:
+            loader.commits = outer
+        if required:
+            attributes = vars(target)
+            arguments = {name: attributes.pop(name) for name in required}
+            target = run_hook(cls.__name__, lambda: cls(**arguments))
+            for name, value in attributes.items():
+                setattr(target, name, value)
+            frame.obj = target
+        if "post_load" in hooks:
+            self._due(loader, target)
+        return target
+
+    def _due(self, loader: Loader, obj: Any) -> None:
+        name = f"{self.plan.cls.__qualname__}.post_load"
+        loader.after.append(lambda: run_hook(name, obj.post_load, self._version))
+
+    def _decode(self, loader: Loader, obj: Any) -> Frame:
+        frame = Frame(obj, self.plan.cls, {})
+        for step in self._steps:
+            step.load(loader, frame)
+        if self._parts:
+            self._decode_parts(loader, frame)
+        return frame
+
+    def _decode_parts(self, loader: Loader, frame: Frame) -> None:
+        missing = dict(self._parts)
+        while (name := _subsection(loader, self.plan.name)) is not None:
+            entry = missing.pop(name, None)
+            if entry is None:
+                twice = "twice" if name in self._parts else "which is not declared"
+                raise StateError(f"a subsection of {self.plan.name}", f"{printable(name)}, {twice}")
+            part, codec, head = entry
+            at = loader.take(len(head))
+            (version,) = _HEAD.unpack_from(loader.data, at + len(head) - _HEAD.size)
+            try:
+                check_version(part.plan, version)
+                codec = compile_plan(part.plan, version)
+                current = getattr(frame.obj, part.attribute, None)
+                if current is None:
+                    value = codec.load_new(loader)
+                    loader.commits.append((frame.obj, (part.attribute,), (value,)))
+                else:
+                    value = codec.load_into(loader, current)
+            except StateError as error:
+                raise error.inside(part.attribute) from error.__cause__
+            frame.seen[part.attribute] = value
+        for part, _, _ in missing.values():
+            if part.needed is None:
+                loader.commits.append((frame.obj, (part.attribute,), (None,)))
+
+
+def needed_part(part: p.Part, obj: Any) -> Any:
+    """The state of a subsection that is to be sent, or ``None``."""
+    if part.needed is not None and not part.needed(obj):
+        return None
+    value = getattr(obj, part.attribute, None)
+    if (value is None and part.needed is None) or isinstance(value, part.plan.cls):
+        return value
+    raise StateError(f"a {part.plan.cls.__qualname__}", repr(value)).inside(part.attribute)
+
+
+def check_version(plan: p.Plan, version: int) -> None:
+    """Refuse a version that is too new or too old."""
+    if not plan.minimum_version <= version <= plan.version:
+        raise StateError(
+            f"version {plan.minimum_version} to {plan.version} of {plan.name}", str(version)
+        )
+
+
+def _head(plan: p.Plan) -> bytes:
+    name = plan.name.encode()
+    return bytes([_SUBSECTION, len(name)]) + name + _HEAD.pack(plan.version)
+
+
+def _subsection(loader: Loader, owner: str) -> str | None:
+    """The name of the subsection of *owner* that begins here, if one does."""
+    data, at = loader.data, loader.at
+    if len(data) - at < 2 or data[at] != _SUBSECTION:
+        return None
+    name = bytes(data[at + 2 : at + 2 + data[at + 1]])
+    prefix = owner.encode()
+    if not name.startswith(prefix) or len(name) == len(prefix):
+        return None
+    return name.decode("utf-8", "backslashreplace")
+
+
+# Steps
+
+
+def _steps(plan: p.Plan, version: int) -> list[_Step]:
+    steps: list[_Step] = []
+    run: list[p.Field] = []
+    for field in plan.fields:
+        if not field.in_version(version):
+            continue
+        if field.when is None and isinstance(field.kind, p.Scalar | p.Gap):
+            run.append(field)
+            continue
+        if run:
+            steps.append(Run(run))
+            run = []
+        steps.append(_step(field, version))
+    if run:
+        steps.append(Run(run))
+    return steps
+
+
+def _step(field: p.Field, version: int) -> _Step:
+    step: _Step
+    if isinstance(field.kind, p.Scalar | p.Gap):
+        step = Run([field])
+    elif isinstance(field.kind, p.Temporary):
+        kind = field.kind
+        step = _Temporary(kind, compile_plan(kind.plan, kind.plan.version))
+    else:
+        step = _Member(field.attribute, _value(field.kind))
+    return step if field.when is None else _Conditional(step, field.when, version)
+
+
+def _value(kind: p.Kind) -> Value:  # noqa: PLR0911 - one for each kind
+    """The codec of *kind*."""
+    match kind:
+        case p.Scalar():
+            return Number(kind, struct.Struct(f">{kind.code}"))
+        case p.Struct(plan, version):
+            return One(compile_plan(plan, version))
+        case p.Bytes():
+            return Bytes(kind)
+        case p.Bitmap(bits):
+            return Bits(bits, -(-bits // 64) * 8)
+        case p.Custom():
+            return Custom(kind)
+        case p.Queue(plan, bound):
+            return Queue(compile_plan(plan, plan.version), bound)
+        case p.Tree(key, value, bound):
+            keys = None if key is None else compile_plan(key, key.version)
+            return Tree(keys, compile_plan(value, value.version), bound)
+        case p.Elements(element) if isinstance(element, p.Scalar) and not kind.nullable:
+            return Numbers(kind, element)
+        case p.Elements(element):
+            return Items(kind, _value(element))
+    raise TypeError(f"{kind} is no attribute")
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One attribute with a codec of its own."""
+
+    name: str
+    codec: Value
+
+    def save(self, obj: Any, saver: Saver) -> None:
+        try:
+            self.codec.save(getattr(obj, self.name, None), obj, saver)
+        except StateError as error:
+            raise error.inside(self.name) from error.__cause__
+
+    def load(self, loader: Loader, frame: Frame) -> None:
+        try:
+            value = self.codec.load(loader, frame, getattr(frame.obj, self.name, None))
+        except StateError as error:
+            raise error.inside(self.name) from error.__cause__
+        if isinstance(value, Kept):
+            frame.seen[self.name] = value.seen
+        else:
+            loader.commits.append((frame.obj, (self.name,), (value,)))
+            frame.seen[self.name] = value
+
+
+@dataclass(frozen=True, slots=True)
+class _Temporary:
+    """A state that methods of the object make and take."""
+
+    kind: p.Temporary
+    codec: StateCodec
+
+    def save(self, obj: Any, saver: Saver) -> None:
+        value = run_hook(self.kind.save, getattr(obj, self.kind.save))
+        if not isinstance(value, self.kind.plan.cls):
+            raise StateError(
+                f"a {self.kind.plan.cls.__qualname__} of {self.kind.save}", repr(value)
+            )
+        self.codec.save(value, saver)
+
+    def load(self, loader: Loader, frame: Frame) -> None:
+        value = self.codec.load_new(loader)
+        name = self.kind.load
+        loader.after.append(lambda: run_hook(name, getattr(frame.obj, name), value))
+
+
+@dataclass(frozen=True, slots=True)
+class _Conditional:
+    """A step that a predicate decides on."""
+
+    step: _Step
+    test: Callable[[Any, int], bool]
+    version: int
+
+    def save(self, obj: Any, saver: Saver) -> None:
+        if self.test(obj, self.version):
+            self.step.save(obj, saver)
+
+    def load(self, loader: Loader, frame: Frame) -> None:
+        if self.test(View(frame), self.version):
+            self.step.load(loader, frame)

@@ -1,0 +1,115 @@
+"""What is collected while a state is saved or loaded, before anything is final.
+
+Saving gathers parts that are joined once; loading gathers assignments that are made once everything
+has decoded, so that a state that does not fit leaves its objects as they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
+from typing import Any, TypeAlias, TypeVar
+
+from vmferry.errors import StateError
+
+R = TypeVar("R")
+
+Hook: TypeAlias = Callable[[], None]
+
+
+@dataclass(slots=True)
+class Saver:
+    """The bytes of a state, part by part, and the ``post_save`` that are due, innermost first.
+
+    Parts may be views of the state itself, so nothing may change until they are joined.
+    """
+
+    parts: list[bytes | bytearray | memoryview] = field(default_factory=list)
+    after: list[Hook] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Loader:
+    """Where decoding is, and what is to be done when it has come through.
+
+    An entry of ``commits`` is an object, names and values; or without names, a list or buffer whose
+    content the values are to become.  ``recording`` says that fields have to be found again, by
+    counts or predicates.
+    """
+
+    data: memoryview
+    at: int
+    recording: bool
+    commits: list[tuple[Any, tuple[str, ...] | None, Sequence[Any]]] = field(default_factory=list)
+    after: list[Hook] = field(default_factory=list)
+
+    def take(self, size: int) -> int:
+        """Pass *size* bytes, and say where they begin."""
+        at = self.at
+        if size > len(self.data) - at:
+            raise StateError(f"{size} bytes", f"{len(self.data) - at}, and the end of the state")
+        self.at = at + size
+        return at
+
+    def commit(self) -> None:
+        """Make the assignments."""
+        for target, names, values in self.commits:
+            if names is None:
+                target[:] = values
+            else:
+                for name, value in zip(names, values, strict=True):
+                    setattr(target, name, value)
+
+
+@dataclass(slots=True)
+class Frame:
+    """One object that is being loaded; ``seen`` are its fields so far, if they are recorded."""
+
+    obj: Any
+    cls: type[Any]
+    seen: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """The attribute as it will be."""
+        return self.seen[name] if name in self.seen else getattr(self.obj, name)
+
+
+class View:
+    """An object as it will be once loaded, for predicates: what is decoded hides what is there."""
+
+    __slots__ = ("_frame",)
+
+    def __init__(self, frame: Frame) -> None:
+        self._frame = frame
+
+    def __getattr__(self, name: str) -> Any:
+        frame = self._frame
+        if name in frame.seen:
+            return frame.seen[name]
+        found = inspect.getattr_static(frame.cls, name, None)
+        if isinstance(found, FunctionType):
+            return MethodType(found, self)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)
+        return getattr(frame.obj, name)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A value that is not to be assigned, as its assignments are staged; and how it will look."""
+
+    seen: Any
+
+
+class Blank:
+    """Collects the attributes of an object that can only be made with some of them."""
+
+
+def run_hook(name: str, function: Callable[..., R], *arguments: Any) -> R:
+    """Call what belongs to the device; a ``ValueError`` is its way to say no."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise StateError(f"a state that {name} accepts", str(error) or "a refusal") from error
