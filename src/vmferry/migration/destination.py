@@ -219,12 +219,13 @@ class Destination:
     def _store(self, batch: RamPages) -> None:
         """Hand pages on; called by the thread of every channel."""
         self._sink.pages(batch)
-        kinds = batch.kinds
-        zero = int(np.count_nonzero(kinds == ZERO))
+        words = batch.rows["word"]
+        flags = int(np.bitwise_or.reduce(words)) & (batch.page_size - 1)
+        zero = int(np.count_nonzero(words & np.uint64(ZERO))) if flags & ZERO else 0
         for flag, feature in ((XBZRLE, "xbzrle"), (COMPRESS, "compress")):
-            if feature not in self._features and (kinds == flag).any():
+            if flags & flag:
                 self._features.add(feature)
-        self._meter.count(normal=len(kinds) - zero, zero=zero)
+        self._meter.count(normal=len(words) - zero, zero=zero)
 
     def _note_round(self, batch: RamPages) -> None:
         # Nothing in the stream marks a new pass: it shows where pages start again from the front.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Final
 
 INTERVAL: Final = 0.1
@@ -37,72 +37,81 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-@dataclass(slots=True)
 class Meter:
     """Counts what moves, from any thread, and reports it to *report* every so often.
 
     *report* is called from whatever thread moves something, but never by two at once.
     """
 
-    report: Report | None = None
-    clock: Callable[[], float] = time.monotonic
-    now: Progress = field(default_factory=lambda: Progress("setup"))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _reporting: threading.Lock = field(default_factory=threading.Lock)
-    _started: float | None = None
-    _last: tuple[float, int] = (0.0, 0)
+    def __init__(
+        self, report: Report | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._report_to = report
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._reporting = threading.Lock()
+        self._phase = "setup"
+        # Plain numbers: they change with every read.
+        self._transferred = self._normal = self._zero = 0
+        self._ram_total = self._page_size = self._round = 0
+        self._rate = 0.0
+        self._started: float | None = None
+        self._last = (0.0, 0)
 
     def start(self) -> None:
         """The first byte is about to move."""
-        self._started = self.clock()
+        self._started = self._clock()
         self._last = (self._started, 0)
 
     def count(self, *, transferred: int = 0, normal: int = 0, zero: int = 0) -> None:
         """Add to the counters."""
         with self._lock:
-            self.now = replace(
-                self.now,
-                transferred=self.now.transferred + transferred,
-                normal_pages=self.now.normal_pages + normal,
-                zero_pages=self.now.zero_pages + zero,
-            )
+            self._transferred += transferred
+            self._normal += normal
+            self._zero += zero
 
     def phase(self, phase: str) -> None:
         """A new phase began."""
-        with self._lock:
-            self.now = replace(self.now, phase=phase)
+        self._phase = phase
         self.tick(force=True)
 
     def active(self, ram_total: int, page_size: int) -> None:
         """Guest memory is known, and begins to move."""
-        with self._lock:
-            self.now = replace(self.now, ram_total=ram_total, page_size=page_size)
+        self._ram_total, self._page_size = ram_total, page_size
         self.phase("active")
 
     def next_round(self) -> None:
         """A new pass over guest memory began."""
-        with self._lock:
-            self.now = replace(self.now, round=self.now.round + 1)
+        self._round += 1
 
     def tick(self, *, force: bool = False) -> None:
         """Report if it is time to."""
-        if not force and self.clock() - self._last[0] < INTERVAL:
+        if not force and self._clock() - self._last[0] < INTERVAL:
             return
         if not self._reporting.acquire(blocking=force):
             return
         try:
-            self._report()
+            now = self._now()
+            if self._report_to is not None:
+                self._report_to(now)
         finally:
             self._reporting.release()
 
-    def _report(self) -> None:
-        at = self.clock()
+    def _now(self) -> Progress:
+        at = self._clock()
         since, transferred = self._last
         with self._lock:
-            moved = self.now.transferred - transferred
-            rate = moved / (at - since) if at > since else 0.0
-            elapsed = 0.0 if self._started is None else at - self._started
-            self.now = replace(self.now, rate=rate, elapsed=elapsed)
-            self._last = (at, self.now.transferred)
-        if self.report is not None:
-            self.report(self.now)
+            if at > since:
+                self._rate = (self._transferred - transferred) / (at - since)
+            self._last = (at, self._transferred)
+            return Progress(
+                self._phase,
+                transferred=self._transferred,
+                ram_total=self._ram_total,
+                page_size=self._page_size,
+                normal_pages=self._normal,
+                zero_pages=self._zero,
+                round=self._round,
+                rate=self._rate,
+                elapsed=0.0 if self._started is None else at - self._started,
+            )
