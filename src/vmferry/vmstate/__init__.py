@@ -16,6 +16,7 @@ A device is a class whose annotations say how its attributes are sent::
 
 from .codec import Staged, load, save, stage
 from .declare import device, state, vmstate_of
+from .describe import declared, describe
 from .types import (
     I8,
     I16,
@@ -79,6 +80,8 @@ __all__ = [
     "at_most",
     "at_version",
     "before",
+    "declared",
+    "describe",
     "device",
     "equal",
     "load",

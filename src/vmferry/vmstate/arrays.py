@@ -117,10 +117,7 @@ def length(kind: p.Elements, frame: Frame) -> int:
     """Elements of the array that is being loaded, of all dimensions."""
     if kind.count is not None:
         return bounded(frame.get(kind.count), kind.count, kind.multiple, kind.bound)
-    count = 1
-    for n in kind.shape:
-        count *= n
-    return count
+    return p.product(kind.shape)
 
 
 def flattened(kind: p.Elements, value: Any, owner: Any) -> Any:

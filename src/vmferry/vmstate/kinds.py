@@ -155,9 +155,7 @@ def _elements(hint: Any, kind: t.Array | t.VarArray, where: str) -> p.Elements:
     if isinstance(kind, t.Array):
         whole = bool(shape) and all(isinstance(n, int) and n > 0 for n in shape)
         _expect(whole, where, "a shape of positive numbers, as in Array(4)", shape)
-        length = 1
-        for n in shape:
-            length *= n
+        length = p.product(shape)
         _expect(length <= _LARGEST, where, f"at most {_LARGEST} elements", length)
         return p.Elements(element, shape, nullable=nullable)
     _expect(0 < kind.bound <= _LARGEST, where, f"a bound of 1 to {_LARGEST}", kind.bound)

@@ -220,3 +220,28 @@ def plans_of(kind: Kind) -> list[Plan]:
         return plans_of(kind.element)
     found = [getattr(kind, name, None) for name in ("plan", "key", "value")]
     return [plan for plan in found if isinstance(plan, Plan)]
+
+
+def fixed_size(kind: Kind) -> int:
+    """Bytes on the wire where every value has as many, else 0."""
+    match kind:
+        case Scalar() | Gap() | Bytes(count=None):
+            return kind.size
+        case Bitmap(bits):
+            return -(-bits // 64) * 8
+        case Struct(plan, version):
+            fields = [field for field in plan.fields if field.in_version(version)]
+            sizes = [fixed_size(field.kind) for field in fields]
+            fixed = all(sizes) and all(field.when is None for field in fields)
+            return sum(sizes) if fixed and not plan.subsections else 0
+        case Elements(element, count=None, nullable=False):
+            return product(kind.shape) * fixed_size(element)
+    return 0
+
+
+def product(shape: tuple[int, ...]) -> int:
+    """Elements of an array of that shape."""
+    count = 1
+    for length in shape:
+        count *= length
+    return count
