@@ -24,9 +24,10 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint, receive, send
+    from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.stream_file import open_stream
     from .checkpoint.survey import Survey
+    from .checkpoint.transfer import receive, send
     from .migration.connections import Deadlines
     from .migration.progress import Progress
     from .migration.source import SendOptions
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "checkpoint.checkpoint",
     "Deadlines": "migration.connections",
     "Method": "wire.multifd",
     "Progress": "migration.progress",
@@ -44,8 +45,8 @@ _LAZY = {
     "Survey": "checkpoint.survey",
     "Tolerate": "wire.reader",
     "open_stream": "checkpoint.stream_file",
-    "receive": "checkpoint",
-    "send": "checkpoint",
+    "receive": "checkpoint.transfer",
+    "send": "checkpoint.transfer",
 }
 
 __all__ = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vmferry.checkpoint import Checkpoint, receive
+from vmferry import Checkpoint, receive
 from vmferry.wire.buffer import encode_name
 from vmferry.wire.configuration import Configuration
 from vmferry.wire.layout import IGNORE_SHARED, Kind

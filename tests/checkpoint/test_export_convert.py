@@ -15,7 +15,7 @@ import pytest
 
 from tests.checkpoint.machines import MIB, PAGE, Saved
 from tests.support.recorded import recorded
-from vmferry.checkpoint import Checkpoint, receive
+from vmferry import Checkpoint, receive
 from vmferry.checkpoint.export import FORMS, convert
 from vmferry.errors import CheckpointDamaged, StorageError, StreamError, UsageError
 from vmferry.migration.progress import Progress

@@ -11,7 +11,7 @@ import pytest
 
 from tests.checkpoint.machines import GIB, MIB, Device, Saved, bridge, clock
 from tests.support.recorded import recorded
-from vmferry.checkpoint import Checkpoint, receive
+from vmferry import Checkpoint, receive
 from vmferry.checkpoint.export import Layout, layout_of
 from vmferry.checkpoint.export.x86 import MAX_RAM, board_of, low_memory
 from vmferry.errors import StreamError, UsageError

@@ -16,7 +16,7 @@ import pytest
 from guests import Serial, walker
 from tests.checkpoint.elf import Load, part, read_core
 from tests.checkpoint.long_mode import BASES, GENERAL, HIGH, KERNEL_GS, MARK, long_mode
-from vmferry.checkpoint import Checkpoint, receive
+from vmferry import Checkpoint, receive
 from vmferry.checkpoint.export import Layout, convert, layout_of
 from vmferry.qemu import QemuProcess
 

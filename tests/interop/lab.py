@@ -19,7 +19,7 @@ import vmferry
 from guests import Serial, check_ram
 from tests.support.capture import Scenario, finish_migration
 from tests.transports.support import background
-from vmferry.checkpoint import StoredPages
+from vmferry.checkpoint.checkpoint import StoredPages
 from vmferry.errors import PeerError
 from vmferry.migration.destination import Destination
 from vmferry.qemu import QemuProcess
