@@ -1,0 +1,195 @@
+"""Whether streams of one program load in another: two declarations, field by field.
+
+The rules are those of loading (QEMU 7.2 ``migration/vmstate.c``, ``vmstate_load_state``).  The
+version of a device or subsection is in the stream and is held against the loader's; a state inside
+a field has no version there, so both sides go by their own.  A field takes part from its version
+on, or when its condition holds.  Subsections are found by name, in any order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from .align import Gap, Pair, align
+from .findings import Direction, Finding, Kind, Spot
+from .model import DeviceSchema, FieldSchema, Schema, StateSchema
+from .shape import form, forms, is_gap, leaves, total
+
+
+def check(old: Schema, new: Schema) -> list[Finding]:
+    """What there is to know of streams of *old* in *new*, then of streams of *new* in *old*."""
+    return [
+        *_Check(old, new, Direction.OLD_TO_NEW).findings(),
+        *_Check(new, old, Direction.NEW_TO_OLD).findings(),
+    ]
+
+
+class _Check:
+    """Streams of *sender* in *loader*."""
+
+    def __init__(self, sender: Schema, loader: Schema, direction: Direction) -> None:
+        self._sender = sender
+        self._direction = direction
+        self._types = {device.type: device for device in loader.devices}
+        self._names: dict[str, list[DeviceSchema]] = defaultdict(list)
+        for device in loader.devices:
+            self._names[device.state.name].append(device)
+        self._tell = (loader.has_counts, sender.has_counts)
+        self._untold = 0
+
+    def findings(self) -> Iterator[Finding]:
+        """All findings, device by device."""
+        for device in self._sender.devices:
+            yield from self._device(device)
+        if self._untold:
+            words = ["lengths of arrays" if told else "none told" for told in self._tell]
+            spot = Spot(self._direction, "", f"{self._untold} arrays")
+            yield spot.note(Kind.ARRAY_LENGTH_UNKNOWN, *words)
+
+    def _device(self, device: DeviceSchema) -> Iterator[Finding]:
+        spot = Spot(self._direction, device.type, device.state.name)
+        same = self._types.get(device.type)
+        others = [same] if same else []
+        if same is None or same.state.name != device.state.name:
+            others = self._names.get(device.state.name, [])
+        if not others:
+            expected = f"state {same.state.name}" if same else "a device that is declared"
+            spot = spot.when("when the machine has it")
+            yield spot.breaks(Kind.DEVICE_UNKNOWN, expected, f"{device.type}, which is not")
+            return
+        if others != [same]:
+            # Sections go by the name of the state: any type that has it will do, if it is there.
+            types = ", ".join(other.type for other in others)
+            yield spot.may_break(Kind.DEVICE_RENAMED, f"type {types}", f"type {device.type}")
+        yield from min(
+            (list(self._versioned(device.state, other.state, spot)) for other in others),
+            key=lambda findings: sum(finding.breaks for finding in findings),
+        )
+
+    def _versioned(self, sent: StateSchema, wanted: StateSchema, spot: Spot) -> Iterator[Finding]:
+        """A state that has its version in the stream."""
+        found = f"version {sent.version}"
+        if sent.version > wanted.version:
+            yield spot.breaks(Kind.VERSION_TOO_NEW, f"at most version {wanted.version}", found)
+            return
+        if sent.version < wanted.minimum:
+            yield spot.breaks(Kind.VERSION_TOO_OLD, f"at least version {wanted.minimum}", found)
+            return
+        findings = list(self._fields(sent, wanted, sent.version, spot))
+        if sent.version < wanted.version and any(
+            finding.breaks and finding.condition == spot.condition for finding in findings
+        ):
+            expected = f"what versions {wanted.minimum} to {wanted.version} fit"
+            yield spot.breaks(Kind.MINIMUM_NOT_RAISED, expected, f"{found}, which does not")
+        yield from findings
+        yield from _later(sent, wanted, spot)
+        yield from self._subsections(sent, wanted, spot)
+
+    def _subsections(self, sent: StateSchema, wanted: StateSchema, spot: Spot) -> Iterator[Finding]:
+        known = {sub.name: sub for sub in wanted.subsections}
+        for sub in sent.subsections:
+            inner = spot.at(sub.name).when(f"when {sub.name} is sent")
+            if sub.name in known:
+                yield from self._versioned(sub, known.pop(sub.name), inner)
+            else:
+                expected = "a subsection that is declared"
+                yield inner.breaks(Kind.SUBSECTION_UNKNOWN, expected, f"{sub.name}, which is not")
+        for name in known:
+            yield spot.at(name).note(Kind.SUBSECTION_MISSING, "it, or nothing", "nothing")
+
+    def _fields(
+        self, sent: StateSchema, wanted: StateSchema, version: int, spot: Spot
+    ) -> Iterator[Finding]:
+        """The fields of *sent*, loaded as *version* of *wanted*."""
+        for part in align(sent.fields_in(sent.version), wanted.fields_in(version)):
+            if isinstance(part, Pair):
+                yield from self._pair(part.sent, part.wanted, spot.at(part.sent.name))
+            else:
+                yield from self._gap(part, spot)
+
+    def _pair(self, sent: FieldSchema, wanted: FieldSchema, spot: Spot) -> Iterator[Finding]:
+        if sent.conditional != wanted.conditional:
+            words = [
+                f"it {'under a condition' if field.conditional else 'always'}"
+                for field in (wanted, sent)
+            ]
+            yield spot.may_break(Kind.FIELD_CONDITION, *words)
+        if sent.count != wanted.count:
+            if all(self._tell):
+                yield spot.breaks(Kind.ARRAY_LENGTH_CHANGED, form(wanted), form(sent))
+            else:
+                self._untold += 1
+        if sent.struct is not None and wanted.struct is not None:
+            yield from self._fields(sent.struct, wanted.struct, wanted.struct.version, spot)
+            yield from self._subsections(sent.struct, wanted.struct, spot)
+        elif sent.struct is not None or wanted.struct is not None:
+            if leaves([sent]) is None or leaves([sent]) != leaves([wanted]):
+                yield spot.breaks(Kind.TYPE_CHANGED, form(wanted), form(sent))
+        elif sent.size != wanted.size:
+            told = spot.breaks if sent.size and wanted.size else spot.may_break
+            yield told(Kind.SIZE_CHANGED, form(wanted), form(sent))
+
+    def _gap(self, gap: Gap[FieldSchema, FieldSchema], spot: Spot) -> Iterator[Finding]:
+        """Fields that take each other's place, or nothing's."""
+        if gap.sent and gap.wanted:
+            replaced = self._replaced(gap, spot)
+            if replaced is not None:
+                yield from replaced
+                return
+        for field in gap.sent:
+            inner = spot.at(field.name)
+            told = inner.may_break if field.conditional else inner.breaks
+            yield told(Kind.FIELD_UNKNOWN, "no such field", form(field))
+        for field in gap.wanted:
+            inner = spot.at(field.name)
+            told = inner.may_break if field.conditional else inner.breaks
+            yield told(Kind.FIELD_MISSING, form(field), "no such field")
+        for field in gap.moved:
+            yield spot.at(field.name).breaks(Kind.ORDER_CHANGED, "it here", "it in another place")
+
+    def _replaced(self, gap: Gap[FieldSchema, FieldSchema], spot: Spot) -> Iterator[Finding] | None:
+        """What there is to say of fields that are others than they were, with the same bytes."""
+        gapped = is_gap(gap.sent) or is_gap(gap.wanted)
+        if not gapped and len(gap.sent) == len(gap.wanted):
+            pairs = list(zip(gap.sent, gap.wanted, strict=True))
+            if all(_alike(*pair) for pair in pairs):
+                return self._renamed(pairs, spot)
+        sent, wanted = leaves(gap.sent), leaves(gap.wanted)
+        if sent is None or wanted is None:
+            return None
+        inner = spot.at(gap.sent[0].name)
+        words = (forms(gap.wanted), forms(gap.sent))
+        if sent == wanted or (gapped and total(sent) == total(wanted)):
+            return iter([inner.note(Kind.FIELDS_REGROUPED, *words)])
+        if gapped and not all(self._tell):
+            return iter([inner.may_break(Kind.ARRAY_LENGTH_UNKNOWN, *words)])
+        return None
+
+    def _renamed(
+        self, pairs: list[tuple[FieldSchema, FieldSchema]], spot: Spot
+    ) -> Iterator[Finding]:
+        for sent, wanted in pairs:
+            inner = spot.at(sent.name)
+            if sent.name != wanted.name:
+                told = inner.may_break if sent.conditional else inner.note
+                yield told(Kind.FIELD_RENAMED, wanted.name, sent.name)
+            yield from self._pair(sent, wanted, inner)
+
+
+def _later(sent: StateSchema, wanted: StateSchema, spot: Spot) -> Iterator[Finding]:
+    """Fields that the loader knows from a later version on."""
+    known = {key for key, _ in sent.keyed()}
+    for key, field in wanted.keyed():
+        if field.version > sent.version and key not in known:
+            expected = f"it from version {field.version} on"
+            found = f"version {sent.version}"
+            yield spot.at(field.name).note(Kind.FIELD_IN_LATER_VERSION, expected, found)
+
+
+def _alike(one: FieldSchema, other: FieldSchema) -> bool:
+    """Whether two fields that differ in name can be the same."""
+    if one.struct is not None and other.struct is not None:
+        return one.struct.name == other.struct.name
+    same = (other.struct, other.size, other.count, other.conditional)
+    return (one.struct, one.size, one.count, one.conditional) == same

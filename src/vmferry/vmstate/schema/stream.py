@@ -1,0 +1,211 @@
+"""Whether one stream loads in a program: what the stream says of itself against a declaration.
+
+The closing description has names, versions, and the bytes of what was really sent, subsections
+too, so that conditions and lengths need no guess on this side.  Sections are found by the name of
+their state, as the declared types are not in the stream; several types may share one.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Final
+
+from vmferry.wire.description import (
+    STRUCT,
+    DeviceDescription,
+    FieldDescription,
+    VmDescription,
+    Vmsd,
+)
+
+from .align import Gap, Pair, align
+from .findings import Direction, Finding, Kind, Spot
+from .model import FieldSchema, Schema, StateSchema
+from .shape import form, forms, leaves, total
+
+_BY_HAND: Final = frozenset(
+    {
+        *("PCIBUS", "acpi_build", "adb_bus", "apic", "cpu", "cpu_common", "globalstate", "i2c_bus"),
+        *("icp/server", "ide", "spapr", "spapr_cpu", "spapr_iommu", "timer"),
+    }
+)
+"""States that QEMU 7.2 registers by hand, so that no dump of its has them."""
+
+_PLAIN: Final = frozenset(
+    {
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("uint8 equal", "uint16 equal", "int32 equal", "uint32 equal", "int64 equal", "int32 le"),
+    }
+)
+"""Types of as many bytes on the wire as in memory."""
+
+_BYTES: Final = frozenset({"buffer", "unused_buffer"})
+_MARKER: Final = 1
+"""Bytes of what stands for a pointer that is NULL, whatever it points to."""
+
+
+def check_stream(
+    description: VmDescription, schema: Schema, others: Iterable[str] = ()
+) -> list[Finding]:
+    """What there is to know of a stream in a program; *others* are sections without description.
+
+    What is judged is the device sections: that each is known, fits in its versions, and is made of
+    the fields that are declared.  Whether the machine there has the devices is not in a schema.
+    """
+    known: dict[str, list[StateSchema]] = defaultdict(list)
+    for declared in schema.devices:
+        if declared.state not in known[declared.state.name]:
+            known[declared.state.name].append(declared.state)
+    found: dict[Finding, None] = {}
+    for device in description.devices:
+        found |= dict.fromkeys(_device(device, known.get(_state_name(device), []), schema))
+    for name in dict.fromkeys(others):
+        spot = Spot(Direction.STREAM, name, name)
+        found[spot.note(Kind.NOT_JUDGED, "a declared state", "a section of its own kind")] = None
+    return list(found)
+
+
+def _state_name(device: DeviceDescription) -> str:
+    return device.vmsd.name if device.vmsd else device.name
+
+
+def _device(
+    device: DeviceDescription, states: Sequence[StateSchema], schema: Schema
+) -> Iterator[Finding]:
+    vmsd, name = device.vmsd, _state_name(device)
+    title = f"{device.name}:{device.instance}" if device.instance else device.name
+    spot = Spot(Direction.STREAM, title, name)
+    if vmsd is None:
+        yield spot.note(Kind.NOT_JUDGED, "a described state", f"{device.size} bytes")
+    elif states:
+        yield from min(
+            (list(_versioned(vmsd, state, spot)) for state in states),
+            key=lambda findings: sum(finding.breaks for finding in findings),
+        )
+    elif not schema.complete and name in _BY_HAND:
+        yield spot.note(Kind.NOT_JUDGED, "a declared device", "one that QEMU never dumps")
+    else:
+        yield spot.breaks(Kind.DEVICE_UNKNOWN, "a device that is declared", f"{name}, which is not")
+
+
+def _versioned(vmsd: Vmsd, state: StateSchema, spot: Spot) -> Iterator[Finding]:
+    found = f"version {vmsd.version}"
+    if vmsd.version > state.version:
+        yield spot.breaks(Kind.VERSION_TOO_NEW, f"at most version {state.version}", found)
+    elif vmsd.version < state.minimum:
+        yield spot.breaks(Kind.VERSION_TOO_OLD, f"at least version {state.minimum}", found)
+    else:
+        yield from _state(vmsd, state, vmsd.version, spot)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A field of the stream, with all of its elements: an array has one entry, or one for each."""
+
+    elements: tuple[FieldDescription, ...]
+
+    @property
+    def first(self) -> FieldDescription:
+        return self.elements[0]
+
+    @property
+    def count(self) -> int:
+        return self.first.array_len or len(self.elements)
+
+    @property
+    def size(self) -> int:
+        return sum(element.wire_size for element in self.elements)
+
+    @property
+    def form(self) -> str:
+        number = f"{self.count} times " if self.count > 1 else ""
+        return f"{number}{self.first.size} byte{'s' * (self.first.size != 1)} of {self.first.type}"
+
+
+def _state(vmsd: Vmsd, state: StateSchema, version: int, spot: Spot) -> Iterator[Finding]:
+    names = state.described_names()
+    wanted = [(names[key], field) for key, field in state.fields_in(version)]
+    for part in align(list(_sent(vmsd)), wanted):
+        if isinstance(part, Pair):
+            yield from _pair(part.sent, part.wanted, spot.at(part.wanted.name))
+        else:
+            yield from _gap(part, spot)
+    known = {sub.name: sub for sub in state.subsections}
+    for sub in vmsd.subsections:
+        inner = spot.at(sub.name)
+        if sub.name in known:
+            yield from _versioned(sub, known[sub.name], inner)
+        else:
+            expected = "a subsection that is declared"
+            yield inner.breaks(Kind.SUBSECTION_UNKNOWN, expected, f"{sub.name}, which is not")
+
+
+def _sent(vmsd: Vmsd) -> Iterator[tuple[str, _Sent]]:
+    """The fields by name, the elements of an array together."""
+    seen: set[str] = set()
+    for (name, _), run in groupby(
+        enumerate(vmsd.fields), key=lambda at: (at[1].name, at[1].index is None and at[0])
+    ):
+        # A peer may repeat a name that QEMU would not; it is then no field that is known.
+        while name in seen:
+            name += "'"  # noqa: PLW2901
+        seen.add(name)
+        yield name, _Sent(tuple(field for _, field in run))
+
+
+def _pair(sent: _Sent, wanted: FieldSchema, spot: Spot) -> Iterator[Finding]:
+    if wanted.count is not None and wanted.count != sent.count:
+        yield spot.breaks(Kind.ARRAY_LENGTH_CHANGED, form(wanted), sent.form)
+    for element in sent.elements:
+        inner, plain = element.struct, element.type in _PLAIN
+        if wanted.struct is not None and inner is not None:
+            # Only a struct of fixed version brings one; others are loaded as the loader knows them.
+            version = inner.version if element.type == "vstruct" else wanted.struct.version
+            yield from _state(inner, wanted.struct, version, spot)
+        elif element.size == _MARKER:
+            continue
+        elif (
+            (wanted.struct is not None)
+            if plain
+            else (wanted.struct is None and element.type == STRUCT)
+        ):
+            yield spot.breaks(Kind.TYPE_CHANGED, form(wanted), sent.form)
+        elif wanted.struct is None and not _fits(element, wanted.size, plain=plain):
+            yield spot.breaks(Kind.SIZE_CHANGED, form(wanted), sent.form)
+
+
+def _fits(element: FieldDescription, size: int, *, plain: bool) -> bool:
+    """Whether the bytes of a value can be those of a declared *size*."""
+    if plain:
+        return element.size == size
+    if element.type in _BYTES and size:
+        # The length of some buffers is a number in another field, times the declared size.
+        return element.size % size == 0
+    return True
+
+
+def _gap(gap: Gap[_Sent, FieldSchema], spot: Spot) -> Iterator[Finding]:
+    # A field under a condition that did not hold is not there.
+    missing = [field for field in gap.wanted if not field.conditional]
+    if gap.sent and missing:
+        values = leaves(missing)
+        if values is not None and total(values) == sum(sent.size for sent in gap.sent):
+            words = " and ".join(f"{sent.first.name} ({sent.form})" for sent in gap.sent)
+            first = spot.at(gap.sent[0].first.name)
+            yield first.note(Kind.FIELDS_REGROUPED, forms(missing), words)
+            return
+    for sent in gap.sent:
+        yield spot.at(sent.first.name).breaks(Kind.FIELD_UNKNOWN, "no such field", sent.form)
+    for field in missing:
+        inner = spot.at(field.name)
+        if field.struct is not None and field.count is None:
+            # An array of as many states as another field says leaves no trace where that is 0.
+            inner = inner.when("unless it is an array without elements")
+            yield inner.may_break(Kind.FIELD_MISSING, form(field), "no such field")
+        else:
+            yield inner.breaks(Kind.FIELD_MISSING, form(field), "no such field")
+    for field in gap.moved:
+        yield spot.at(field.name).breaks(Kind.ORDER_CHANGED, "it here", "it in another place")
