@@ -84,7 +84,8 @@ class Items:
         count = length(kind, frame)
         old = current
         for _ in kind.shape[:-1]:
-            old = [item for row in old for item in row] if isinstance(old, list) else None
+            rows = old if isinstance(old, list) else []
+            old = [item for row in rows if isinstance(row, list) for item in row]
         old = old if isinstance(old, list) else []
         fits = len(old) == count
         if kind.nullable and not fits:

@@ -135,6 +135,9 @@ class StateCodec:
             part.plan.name: (part, compile_plan(part.plan, part.plan.version), _head(part.plan))
             for part in plan.subsections
         }
+        first = self._steps[0] if len(self._steps) == 1 else None
+        bare = not plan.hooks and not plan.subsections
+        self._only_run = first if bare and isinstance(first, Run) else None
         self.recording: bool = any(
             field.when is not None or getattr(field.kind, "count", None) for field in plan.fields
         ) or any(codec.recording for codec in self._inner())
@@ -165,7 +168,10 @@ class StateCodec:
                     raise error.inside(part.attribute) from error.__cause__
 
     def load_into(self, loader: Loader, obj: Any) -> Any:
-        """Decode the state of *obj*, stage it, and say how it will look."""
+        """Decode the state of *obj*, stage it, and say how it will look if that is recorded."""
+        if self._only_run is not None and not loader.recording:
+            self._only_run.stage(loader, obj)
+            return None
         hooks = self.plan.hooks
         if "pre_load" in hooks:
             run_hook("pre_load", obj.pre_load)
@@ -179,7 +185,7 @@ class StateCodec:
         cls, required = self.plan.cls, self.plan.required
         if required is None:
             raise StateError(f"a {cls.__qualname__} to load into", "none, and it cannot be made")
-        target: Any = Blank() if required else run_hook(cls.__name__, cls)
+        target: Any = Blank(self.plan.defaults) if required else run_hook(cls.__name__, cls)
         hooks = self.plan.hooks
         if "pre_load" in hooks and not required:
             run_hook("pre_load", target.pre_load)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, ClassVar, Final, TypeVar, get_args, get_origin, get_type_hints
 
 from vmferry.errors import DeclarationError
@@ -37,6 +38,7 @@ C = TypeVar("C", bound=type[Any])
 _HOOKS: Final = {"pre_save": 0, "post_save": 0, "pre_load": 0, "post_load": 1}
 """The methods that are called if there, and how many arguments they get."""
 
+_PLAIN: Final = (int, float, str, bytes, NoneType)
 _NAME: Final = 255
 _VERSION: Final = 0xFFFFFFFF
 
@@ -121,6 +123,7 @@ def _declare(
         subsections=parts,
         hooks=_hooks(cls),
         required=_required(cls, {f.attribute for f in fields if not _may_miss(f)}),
+        defaults={p.name: p.default for p in _parameters(cls) if isinstance(p.default, _PLAIN)},
         registration=registration,
     )
     _check_made(plan)
@@ -144,6 +147,9 @@ def _members(
         where = f"{cls.__qualname__}.{attribute}"
         member = _member(attribute, hint, where)
         if isinstance(member, Field):
+            if isinstance(member.kind, Temporary):
+                _check_method(cls, member.kind.save, 1, where)
+                _check_method(cls, member.kind.load, 2, where)
             _check_field(member, {f.attribute: f for f in fields}, hints, version, where)
             fields.append(member)
         elif member is not None:
@@ -224,6 +230,13 @@ def _two_arguments(test: Callable[..., bool], where: str) -> Callable[[Any, int]
     raise DeclarationError(f"{where}: the test of when() takes the device, or it and the version")
 
 
+def _check_method(cls: type[Any], name: str, arguments: int, where: str) -> None:
+    method = getattr(cls, name, None)
+    if not callable(method) or not _takes(method, arguments):
+        more = " and the temporary" if arguments > 1 else ""
+        raise DeclarationError(f"{where}: {name} is a method of self{more}; found {method!r}")
+
+
 def _takes(function: Callable[..., Any], arguments: int) -> bool:
     try:
         inspect.signature(function).bind(*[None] * arguments)
@@ -283,10 +296,8 @@ def _hooks(cls: type[Any]) -> frozenset[str]:
     for name in hooks:
         method = getattr(cls, name)
         if not callable(method) or not _takes(method, 1 + _HOOKS[name]):
-            raise DeclarationError(
-                f"{cls.__qualname__}.{name}: a method of self"
-                + (" and the version" if _HOOKS[name] else " alone")
-            )
+            more = " and the version" if _HOOKS[name] else ""
+            raise DeclarationError(f"{cls.__qualname__}.{name}: a method of self{more}")
     return frozenset(hooks)
 
 
@@ -295,19 +306,20 @@ def _may_miss(field: Field) -> bool:
     return field.conditional or field.since > 0 or isinstance(field.kind, Gap | Temporary)
 
 
+def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(cls).parameters.values())
+    except (TypeError, ValueError):
+        return []
+
+
 def _required(cls: type[Any], certain: set[str]) -> tuple[str, ...] | None:
     """The arguments that *cls* cannot be called without, if they are all *certain* fields."""
-    try:
-        parameters = inspect.signature(cls).parameters.values()
-    except (TypeError, ValueError):
-        return ()
-    required = tuple(
-        p.name
-        for p in parameters
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    )
-    positional = any(p.kind is p.POSITIONAL_ONLY for p in parameters)
-    return required if certain.issuperset(required) and not positional else None
+    many = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p for p in _parameters(cls) if p.default is p.empty and p.kind not in many]
+    names = tuple(p.name for p in required)
+    by_name = all(p.kind is not p.POSITIONAL_ONLY for p in required)
+    return names if by_name and certain.issuperset(names) else None
 
 
 def _check_made(plan: Plan) -> None:

@@ -140,10 +140,11 @@ def _bytes(hint: Any, kind: t.Buffer | t.VarBuffer, where: str) -> p.Bytes:
 
 def _elements(hint: Any, kind: t.Array | t.VarArray, where: str) -> p.Elements:
     shape = kind.shape if isinstance(kind, t.Array) else ()
+    deep = "a list[...]" if len(shape) < 2 else f"lists in lists, {len(shape)} deep"
     for _ in shape[:-1]:
-        _expect(get_origin(hint) is list, where, f"lists in lists, {len(shape)} deep", hint)
+        _expect(get_origin(hint) is list, where, f"an array is {deep}", hint)
         (hint,) = get_args(hint)
-    _expect(get_origin(hint) is list, where, "an array is a list[...]", hint)
+    _expect(get_origin(hint) is list, where, f"an array is {deep}", hint)
     inner = split(get_args(hint)[0], where)
     bare, nullable = inner.optional
     nullable = nullable and not isinstance(inner.kind, t.Expiry)

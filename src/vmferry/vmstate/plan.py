@@ -198,7 +198,8 @@ class Plan:
 
     ``hooks`` are the names of those of the four hooks that it has.  ``required`` are the arguments
     without which the class cannot be called, all of them fields; ``None`` if it cannot be called
-    even so, in which case objects of it are loaded in place and never made.
+    even so, in which case objects of it are loaded in place and never made.  ``defaults`` are the
+    values of other arguments, as far as they are plain.
     """
 
     cls: type[Any]
@@ -209,6 +210,7 @@ class Plan:
     subsections: tuple[Part, ...]
     hooks: frozenset[str]
     required: tuple[str, ...] | None
+    defaults: dict[str, Any]
     registration: Registration | None = None
     codecs: dict[int, Any] = field(default_factory=dict)
     """What :mod:`.codec` has compiled, by version."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -71,30 +71,39 @@ class Run:
 
     def load(self, loader: Loader, frame: Frame) -> None:
         """Take the bytes, and stage what they assign."""
-        data, at = loader.data, loader.at
-        size = self._unpacking.size
-        if size > len(data) - at:
-            left = len(data) - at
-            index = next(i for i, end in enumerate(self._ends[1:]) if end > left)
-            loader.at += self._ends[index]
-            try:
-                loader.take(self._ends[index + 1] - self._ends[index])
-            except StateError as error:
-                raise error.inside(self._places[index]) from None
-        values = self._unpacking.unpack_from(data, at)
-        if self._bools and max(self._truths(data[at : at + size])) > 1:
-            self._refuse_bool(data, at)
-        if self._timers:
-            values = tuple(
-                None if value == -1 and i in self._timers else value
-                for i, value in enumerate(values)
-            )
-        for i, name, exact in self._checks:
-            _check(values[i], getattr(frame.obj, name, values[i]), name, exact=exact)
-        loader.at = at + size
-        loader.commits.append((frame.obj, self._names, values))
+        values = self.stage(loader, frame.obj)
         if loader.recording:
             frame.seen.update(zip(self._names, values, strict=True))
+
+    def stage(self, loader: Loader, obj: Any) -> Sequence[Any]:
+        """Take the bytes, stage what they assign to *obj*, and return it."""
+        data, at = loader.data, loader.at
+        end = at + self._unpacking.size
+        if end > len(data):
+            self._refuse_end(loader)
+        values: Sequence[Any] = self._unpacking.unpack_from(data, at)
+        if self._bools and max(self._truths(data[at:end])) > 1:
+            self._refuse_bool(data, at)
+        if self._timers:
+            values = list(values)
+            for i in self._timers:
+                if values[i] == -1:
+                    values[i] = None
+        for i, name, exact in self._checks:
+            _check(values[i], getattr(obj, name, values[i]), name, exact=exact)
+        loader.at = end
+        loader.commits.append((obj, self._names, values))
+        return values
+
+    def _refuse_end(self, loader: Loader) -> None:
+        """Raise for the first field that is not there."""
+        left = len(loader.data) - loader.at
+        index = next(i for i, end in enumerate(self._ends[1:]) if end > left)
+        loader.at += self._ends[index]
+        try:
+            loader.take(self._ends[index + 1] - self._ends[index])
+        except StateError as error:
+            raise error.inside(self._places[index]) from None
 
     def _refuse_bool(self, data: memoryview, at: int) -> None:
         for start in self._bools:

@@ -7,8 +7,10 @@ has decoded, so that a state that does not fit leaves its objects as they were.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias, TypeVar
 
@@ -59,8 +61,8 @@ class Loader:
             if names is None:
                 target[:] = values
             else:
-                for name, value in zip(names, values, strict=True):
-                    setattr(target, name, value)
+                # A loop of setattr that runs in C.
+                deque(map(setattr, repeat(target), names, values), 0)
 
 
 @dataclass(slots=True)
@@ -93,7 +95,10 @@ class View:
             return MethodType(found, self)
         if isinstance(found, property) and found.fget is not None:
             return found.fget(self)
-        return getattr(frame.obj, name)
+        if found is None or hasattr(found, "__get__"):
+            return getattr(frame.obj, name)
+        # An object that is not made yet does not know the constants of its class.
+        return getattr(frame.obj, name, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,9 @@ class Kept:
 
 class Blank:
     """Collects the attributes of an object that can only be made with some of them."""
+
+    def __init__(self, defaults: dict[str, Any]) -> None:
+        vars(self).update(defaults)
 
 
 def run_hook(name: str, function: Callable[..., R], *arguments: Any) -> R:

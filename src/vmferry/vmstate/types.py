@@ -74,6 +74,9 @@ class Array:
     def __init__(self, *shape: int) -> None:
         self.shape = shape
 
+    def __repr__(self) -> str:
+        return f"Array{self.shape}"
+
 
 @dataclass(frozen=True, slots=True)
 class VarArray:

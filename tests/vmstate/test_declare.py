@@ -1,0 +1,295 @@
+"""A wrong declaration is an error when the class is made, and names the class and the field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, make_dataclass
+from typing import Annotated, Any, ClassVar
+
+import pytest
+
+from vmferry.errors import DeclarationError, UsageError
+from vmferry.vmstate import (
+    I8,
+    I32,
+    U8,
+    U16,
+    U32,
+    U64,
+    Array,
+    Bitmap,
+    Buffer,
+    Gap,
+    Local,
+    Queue,
+    Subsection,
+    Temporary,
+    Timer,
+    Tree,
+    VarArray,
+    VarBuffer,
+    at_most,
+    at_version,
+    before,
+    declared,
+    device,
+    equal,
+    load,
+    named,
+    of,
+    save,
+    since,
+    state,
+    subsection,
+    vmstate_of,
+    when,
+)
+from vmferry.vmstate.types import Double, Expiry, Integer
+
+
+@state("dev/inner", version=2)
+@dataclass
+class Inner:
+    x: U8 = 0
+
+
+@state("other")
+class Demanding:
+    x: U8
+
+    def __init__(self, bus: object) -> None:
+        self.bus = bus
+
+
+class Undeclared:
+    pass
+
+
+WRONG: list[tuple[Any, str]] = [
+    (int, "int does not say how it is sent; use a kind such as U32"),
+    (str, "str does not say how it is sent"),
+    (float, "float does not say how it is sent"),
+    (Undeclared, "Undeclared does not say how it is sent"),
+    (Inner | None, "does not say how it is sent"),
+    (Annotated[str, Integer(4)], "Integer of 1, 2, 4 or 8 is an int; found str"),
+    (Annotated[int, Integer(3)], "Integer of 1, 2, 4 or 8 is an int"),
+    (Annotated[int, Integer], "Integer lacks its arguments"),
+    (Annotated[int, Double()], "Double is a float"),
+    (Annotated[int, Expiry()], "a timer is an int | None"),
+    (Annotated[U8, Integer(2)], "two kinds"),
+    (Annotated[U8, since(4)], "since(4) in a class of version 3"),
+    (Annotated[U8, before(4)], "before(4) in a class of version 3"),
+    (Annotated[U8, since(2), before(2)], "before(2)"),
+    (Annotated[U8, since(2), since(3)], "two conditions of the same sort"),
+    (
+        Annotated[U8, when(lambda: True)],
+        "the test of when() takes the device, or it and the version",
+    ),
+    (Annotated[U8, named("a\nb")], "printable bytes"),
+    (Annotated[bool, equal], "equal and at_most are for integers"),
+    (Annotated[Timer, equal], "equal and at_most are for integers"),
+    (Annotated[U32, at_most], "at_most is for I32"),
+    (Annotated[U8, at_version(1)], "at_version is for structs"),
+    (Annotated[Inner, at_version(1)], "Inner has versions 2 to 2, found 1"),
+    (Annotated[str, Buffer(4)], "a buffer is bytes or bytearray"),
+    (Annotated[bytes, Buffer(0)], "a size of 1"),
+    (Annotated[bytes, Buffer(4, of=8)], "a partial buffer is a bytearray"),
+    (Annotated[bytearray, Buffer(4, 6, of=8)], "bytes within 8"),
+    (Annotated[bytes, VarBuffer("n", 4)], "the count 'n' is no field declared before it"),
+    (Annotated[bytes, VarBuffer("flag", 4)], "the count 'flag' is not a U8, U16, U32 or I32"),
+    (Annotated[tuple[U8, ...], Array(4)], "an array is a list[...]"),
+    (Annotated[list[U8], Array()], "a shape of positive numbers"),
+    (Annotated[list[U8], Array(-1)], "a shape of positive numbers"),
+    (Annotated[list[U8], Array(2, 2)], "lists in lists, 2 deep"),
+    (Annotated[list[int], Array(2)], "int does not say how it is sent"),
+    (Annotated[list[Annotated[U8, since(2)]], Array(2)], "elements without conditions"),
+    (Annotated[list[U8], VarArray("length", 4)], "the count 'length' is no field"),
+    (Annotated[list[U8], VarArray("small", 4)], "the count 'small' is not a U8"),
+    (Annotated[list[U8], VarArray("count", 0)], "a bound of 1"),
+    (Annotated[list[U8], VarArray("count", 8, multiple=0)], "a multiple of at least 1"),
+    (Annotated[list[Demanding], VarArray("count", 8)], "a Demanding has to be made when loading"),
+    (Annotated[list[U8], Queue()], "is of a class declared with @state"),
+    (Annotated[list[Demanding], Queue()], "a Demanding has to be made when loading"),
+    (Annotated[dict[str, Inner], Tree()], "a key that is no int"),
+    (Annotated[list[Inner], Tree()], "a tree is a dict[...]"),
+    (Annotated[bytes, Bitmap(8)], "a bitmap is an int"),
+    (Annotated[None, Gap(4)], "ClassVar[Annotated[...]] is for Gap"),
+    (ClassVar[Annotated[None, Gap(0)]], "a gap has 1 to"),
+    (ClassVar[U8], "ClassVar[Annotated[...]] is for Gap"),
+    (ClassVar[Annotated[U8, of("nothing")]], "of('nothing') names no attribute"),
+    (ClassVar[Annotated[int, Temporary("a", "b")]], "a temporary is of a class declared"),
+    (ClassVar[Annotated[Inner, Temporary("make", "take")]], "make is a method of self"),
+    (Annotated[Inner, subsection], "a subsection is either X | None, or Subsection(needed=...)"),
+    (Annotated[Inner | None, Subsection(bool)], "a subsection is either X | None"),
+    (Annotated[Demanding | None, subsection], "the name of a subsection begins with 'dev'"),
+    (Annotated[U8 | None, subsection], "a subsection is of a class declared with @state"),
+    (Annotated[Inner | None, subsection, since(2)], "a subsection is an attribute, without"),
+    (Annotated[U8, Local[int].__metadata__[0]], "an attribute is local, or it is migrated"),  # type: ignore[attr-defined]
+]
+
+
+@pytest.mark.parametrize(("annotation", "message"), WRONG)
+def test_wrong_fields_are_refused_by_name(annotation: Any, message: str) -> None:
+    class Device:
+        flag: bool
+        small: I8
+        count: U16
+
+    Device.__annotations__["field"] = annotation
+    with pytest.raises(DeclarationError, match=re.escape("Device.field: ")) as refused:
+        device("dev", version=3)(Device)
+    assert message in str(refused.value)
+
+
+def plain() -> type[Any]:
+    class Device:
+        x: U8
+
+    return Device
+
+
+@pytest.mark.parametrize(
+    ("decorator", "message"),
+    [
+        (lambda: device(""), "a name has 1 to 255 printable bytes"),
+        (lambda: device("x" * 256), "a name has 1 to 255 printable bytes"),
+        (lambda: device("d", version=1, minimum_version=2), "minimum_version <= version"),
+        (lambda: device("d", version=2**32), "minimum_version <= version"),
+        (lambda: device("d", instance_id=-1), "instance_id is 0 to"),
+        (lambda: device("d", alias_id=2**32), "alias_id is 0 to"),
+    ],
+)
+def test_wrong_devices_are_refused(decorator: Callable[[], Any], message: str) -> None:
+    with pytest.raises(DeclarationError, match=re.escape(message)):
+        decorator()(plain())
+
+
+def test_a_hook_of_another_shape_is_refused() -> None:
+    class Device:
+        x: U8
+
+        def post_load(self) -> None:
+            pass
+
+    with pytest.raises(DeclarationError, match=r"Device\.post_load: a method of self and the ver"):
+        device("d")(Device)
+
+
+def test_a_frozen_class_is_refused() -> None:
+    with pytest.raises(DeclarationError, match="Frozen: it is frozen"):
+        device("d")(make_dataclass("Frozen", [("x", U8)], frozen=True))
+
+
+def test_names_that_do_not_exist_are_refused() -> None:
+    class Device:
+        x: Nowhere  # type: ignore[name-defined]  # noqa: F821
+
+    with pytest.raises(DeclarationError, match=r"Device: an annotation cannot be read: .*Nowhere"):
+        device("d")(Device)
+
+
+def test_a_declaration_below_one_that_replaces_the_class_is_noticed() -> None:
+    @dataclass(slots=True)
+    @device("d")
+    class Device:
+        x: U8 = 0
+
+    with pytest.raises(DeclarationError, match="put @device or @state above it"):
+        vmstate_of(Device)
+    with pytest.raises(UsageError, match="Device is not declared"):
+        save(Device())
+
+
+def test_what_is_local_or_of_the_class_is_not_migrated() -> None:
+    @device("d")
+    @dataclass
+    class Device:
+        limit: ClassVar[int] = 7
+        bus: Local[list[str]] = field(default_factory=list)
+        x: U8 = 0
+
+    assert save(Device(["a"], 5)) == b"\5"
+    loaded = Device(["mine"])
+    load(loaded, b"\6", 1)
+    assert loaded == Device(["mine"], 6)
+
+
+def test_fields_of_a_base_class_come_first() -> None:
+    class Base:
+        a: U8 = 1
+
+    @device("d")
+    class Device(Base):
+        b: U8 = 2
+
+    assert save(Device()) == b"\1\2"
+
+
+def test_a_declared_class_is_none_to_those_derived_from_it() -> None:
+    class Derived(Inner):
+        pass
+
+    with pytest.raises(DeclarationError, match="Derived is not declared"):
+        vmstate_of(Derived)
+
+
+def test_classes_of_attrs_are_declared_like_any_other() -> None:
+    attrs = pytest.importorskip("attrs")
+
+    @device("d")
+    @attrs.define
+    class Device:
+        x: U8 = 0
+        words: Annotated[list[U64], Array(2)] = attrs.field(factory=lambda: [1, 2])
+
+    loaded = Device()
+    load(loaded, save(Device(3, [4, 5])), 1)
+    assert loaded == Device(3, [4, 5])
+
+
+def test_the_declared_schema_is_that_of_dump_vmstate() -> None:
+    @device("dev", version=3, minimum_version=1)
+    @dataclass
+    class Device:
+        n: U16 = 0
+        late: Annotated[U32, since(2), named("later")] = 0
+        maybe: Annotated[U8, when(lambda dev: dev.n > 0)] = 0
+        inner: Inner = field(default_factory=Inner)
+        items: Annotated[list[Inner], VarArray("n", bound=8)] = field(default_factory=list)
+        fixed: Annotated[list[list[I32]], Array(2, 3)] = field(default_factory=list)
+        queue: Annotated[list[Inner], Queue()] = field(default_factory=list)
+        _gap: ClassVar[Annotated[None, Gap(5)]]
+        part: Annotated[Inner | None, subsection] = None
+
+    inner = {
+        "name": "dev/inner",
+        "version_id": 2,
+        "minimum_version_id": 2,
+        "Fields": [{"field": "x", "version_id": 0, "field_exists": False, "size": 1}],
+    }
+
+    def entry(name: str, size: int, version: int = 0, **more: Any) -> dict[str, Any]:
+        return {"field": name, "version_id": version, "field_exists": False, "size": size} | more
+
+    assert declared(Device) == {
+        "Name": "dev",
+        "version_id": 3,
+        "minimum_version_id": 1,
+        "Description": {
+            "name": "dev",
+            "version_id": 3,
+            "minimum_version_id": 1,
+            "Fields": [
+                entry("n", 2),
+                entry("later", 4, 2),
+                entry("maybe", 1, field_exists=True),
+                entry("inner", 1, Description=inner),
+                entry("items", 1, num=8, Description=inner),
+                entry("fixed", 4, num=6),
+                entry("queue", 0, Description=inner),
+                entry("unused", 5),
+            ],
+            "Subsections": [inner],
+        },
+    }
