@@ -69,7 +69,12 @@ class PageSender:
             channel.name = f"multifd {number}"
             channel.send([Hello(uuid, number).encode()], idle)
         self._threads = [
-            threading.Thread(target=self._run, args=(channel,), name=channel.name, daemon=True)
+            threading.Thread(
+                target=self._run,
+                args=(channel, _COMPRESSORS[method]()),
+                name=channel.name,
+                daemon=True,
+            )
             for channel in channels
         ]
         for thread in self._threads:
@@ -104,8 +109,7 @@ class PageSender:
         if self._failure is not None:
             raise self._failure
 
-    def _run(self, channel: Channel) -> None:
-        compressor = _COMPRESSORS[self._method]()
+    def _run(self, channel: Channel, compressor: Compressor) -> None:
         buffer = memoryview(bytearray(PACKET_BYTES))
         while (job := self._jobs.get()) is not None:
             try:

@@ -28,7 +28,7 @@ from vmferry.wire.layout import (
     Kind,
 )
 from vmferry.wire.machine import machine_version
-from vmferry.wire.multifd import Method
+from vmferry.wire.multifd import READABLE, Method
 from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush
 from vmferry.wire.reader import VERSIONS
 from vmferry.wire.return_path import ReturnPathReader, Shut
@@ -110,6 +110,9 @@ class Source:
             raise UsageError(f"multifd takes 1 to 255 channels, not {self._options.multifd}")
         if self._options.method != Method.NONE and not self._options.multifd:
             raise UsageError("compression needs multifd channels (--multifd N)")
+        if self._options.method not in READABLE:
+            method = self._options.method.name.lower()
+            raise UsageError(f"pages can be compressed with zlib or zstd, not with {method}")
 
     def run(self) -> None:
         """Send everything and hear that it was loaded, where the transport has a way back."""
