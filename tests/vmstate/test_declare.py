@@ -285,7 +285,7 @@ def test_the_declared_schema_is_that_of_dump_vmstate() -> None:
                 entry("later", 4, 2),
                 entry("maybe", 1, field_exists=True),
                 entry("inner", 1, Description=inner),
-                entry("items", 1, num=8, Description=inner),
+                entry("items", 1, num=8, num_field="n", Description=inner),
                 entry("fixed", 4, num=6),
                 entry("queue", 0, Description=inner),
                 entry("unused", 5),

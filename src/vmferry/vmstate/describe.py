@@ -201,6 +201,9 @@ def declared(cls: type[Any]) -> Json:
 
     ``Name``, ``version_id``, ``minimum_version_id`` and ``Description``.  Where QEMU gives the size
     of a member of its C struct, this is the bytes of one element on the wire, 0 if they vary.
+    Keys that QEMU has not: ``num_field``, the field that holds the length, of which ``num`` is the
+    bound then; ``before``, the version from which on a field is gone, where nothing else decides;
+    ``struct_version_id``, the version that a state is written in, where not in its own.
     """
     plan = vmstate_of(cls)
     return {
@@ -235,6 +238,12 @@ def _declared_field(field: p.Field) -> Json:
     }
     if isinstance(kind, p.Elements):
         entry["num"] = p.product(kind.shape) if kind.count is None else kind.bound
+        if kind.count is not None:
+            entry["num_field"] = kind.count
+    if field.before and field.when is None:
+        entry["before"] = field.before
+    if isinstance(element, p.Struct) and element.type == "vstruct":
+        entry["struct_version_id"] = element.version
     inner = getattr(element, "plan", None) or getattr(element, "value", None)
     if isinstance(inner, p.Plan):
         entry["Description"] = _declared_state(inner)
