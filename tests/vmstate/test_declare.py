@@ -266,11 +266,14 @@ def test_the_declared_schema_is_that_of_dump_vmstate() -> None:
         "name": "dev/inner",
         "version_id": 2,
         "minimum_version_id": 2,
-        "Fields": [{"field": "x", "version_id": 0, "field_exists": False, "size": 1}],
+        "Fields": [
+            {"field": "x", "version_id": 0, "field_exists": False, "size": 1, "type": "uint8"}
+        ],
     }
 
-    def entry(name: str, size: int, version: int = 0, **more: Any) -> dict[str, Any]:
-        return {"field": name, "version_id": version, "field_exists": False, "size": size} | more
+    def entry(name: str, size: int, kind: str, *, version: int = 0, **more: Any) -> dict[str, Any]:
+        of_all = {"field": name, "version_id": version, "field_exists": False, "size": size}
+        return of_all | {"type": kind} | more
 
     assert declared(Device) == {
         "Name": "dev",
@@ -281,14 +284,14 @@ def test_the_declared_schema_is_that_of_dump_vmstate() -> None:
             "version_id": 3,
             "minimum_version_id": 1,
             "Fields": [
-                entry("n", 2),
-                entry("later", 4, 2),
-                entry("maybe", 1, field_exists=True),
-                entry("inner", 1, Description=inner),
-                entry("items", 1, num=8, num_field="n", Description=inner),
-                entry("fixed", 4, num=6),
-                entry("queue", 0, Description=inner),
-                entry("unused", 5),
+                entry("n", 2, "uint16"),
+                entry("later", 4, "uint32", version=2),
+                entry("maybe", 1, "uint8", field_exists=True),
+                entry("inner", 1, "struct", Description=inner),
+                entry("items", 1, "struct", num=8, num_field="n", Description=inner),
+                entry("fixed", 4, "int32", num=6),
+                entry("queue", 0, "qtailq", Description=inner),
+                entry("unused", 5, "unused_buffer"),
             ],
             "Subsections": [inner],
         },

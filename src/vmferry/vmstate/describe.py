@@ -201,7 +201,7 @@ def declared(cls: type[Any]) -> Json:
 
     ``Name``, ``version_id``, ``minimum_version_id`` and ``Description``.  Where QEMU gives the size
     of a member of its C struct, this is the bytes of one element on the wire, 0 if they vary.
-    Keys that QEMU has not: ``num_field``, the field that holds the length, of which ``num`` is the
+    Keys that QEMU has not: ``type``; ``num_field``, the field that holds the length, of which ``num`` is the
     bound then; ``before``, the version from which on a field is gone, where nothing else decides;
     ``struct_version_id``, the version that a state is written in, where not in its own.
     """
@@ -235,6 +235,7 @@ def _declared_field(field: p.Field) -> Json:
         "version_id": field.since,
         "field_exists": field.conditional,
         "size": p.fixed_size(element),
+        "type": kind.type,
     }
     if isinstance(kind, p.Elements):
         entry["num"] = p.product(kind.shape) if kind.count is None else kind.bound
