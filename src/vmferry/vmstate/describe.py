@@ -201,9 +201,9 @@ def declared(cls: type[Any]) -> Json:
 
     ``Name``, ``version_id``, ``minimum_version_id`` and ``Description``.  Where QEMU gives the size
     of a member of its C struct, this is the bytes of one element on the wire, 0 if they vary.
-    Keys that QEMU has not: ``type``; ``num_field``, the field that holds the length, of which ``num`` is the
-    bound then; ``before``, the version from which on a field is gone, where nothing else decides;
-    ``struct_version_id``, the version that a state is written in, where not in its own.
+    Keys that QEMU has not: ``type``; ``num_field``, the field that holds the length, of which
+    ``num`` is the bound then; ``before``, the version from which on a field is gone, where nothing
+    else decides; ``struct_version_id``, the version that a state is written in, if not in its own.
     """
     plan = vmstate_of(cls)
     return {
