@@ -13,8 +13,10 @@ from collections.abc import Iterator
 
 from .align import Gap, Pair, align
 from .findings import Direction, Finding, Kind, Spot
-from .model import DeviceSchema, FieldSchema, Schema, StateSchema
-from .shape import form, forms, is_gap, leaves, total
+from .model import DeviceSchema, FieldSchema, Key, Schema, StateSchema
+from .shape import form, forms, is_gap, leaves, same_type, total
+
+Entry = tuple[Key, FieldSchema]
 
 
 def check(old: Schema, new: Schema) -> list[Finding]:
@@ -76,7 +78,9 @@ class _Check:
         if sent.version < wanted.minimum:
             yield spot.breaks(Kind.VERSION_TOO_OLD, f"at least version {wanted.minimum}", found)
             return
-        findings = list(self._fields(sent, wanted, sent.version, spot))
+        findings = list(
+            self._fields(sent.fields_in(sent.version), wanted.fields_in(sent.version), spot)
+        )
         if sent.version < wanted.version and any(
             finding.breaks and finding.condition == spot.condition for finding in findings
         ):
@@ -98,11 +102,8 @@ class _Check:
         for name in known:
             yield spot.at(name).note(Kind.SUBSECTION_MISSING, "it, or nothing", "nothing")
 
-    def _fields(
-        self, sent: StateSchema, wanted: StateSchema, version: int, spot: Spot
-    ) -> Iterator[Finding]:
-        """The fields of *sent*, loaded as *version* of *wanted*."""
-        for part in align(sent.fields_in(sent.version), wanted.fields_in(version)):
+    def _fields(self, sent: list[Entry], wanted: list[Entry], spot: Spot) -> Iterator[Finding]:
+        for part in align(sent, wanted):
             if isinstance(part, Pair):
                 yield from self._pair(part.sent, part.wanted, spot.at(part.sent.name))
             else:
@@ -115,20 +116,32 @@ class _Check:
                 for field in (wanted, sent)
             ]
             yield spot.may_break(Kind.FIELD_CONDITION, *words)
-        if sent.count != wanted.count:
-            if all(self._tell):
-                yield spot.breaks(Kind.ARRAY_LENGTH_CHANGED, form(wanted), form(sent))
-            else:
-                self._untold += 1
+        if (sent.count, sent.counted) != (wanted.count, wanted.counted):
+            yield from self._count(sent, wanted, spot)
+        words = [form(wanted), form(sent)]
         if sent.struct is not None and wanted.struct is not None:
-            yield from self._fields(sent.struct, wanted.struct, wanted.struct.version, spot)
+            if not same_type(sent.type, wanted.type):
+                yield spot.breaks(Kind.TYPE_CHANGED, *words)
+                return
+            yield from self._fields(sent.inside(), wanted.inside(), spot)
             yield from self._subsections(sent.struct, wanted.struct, spot)
         elif sent.struct is not None or wanted.struct is not None:
             if leaves([sent]) is None or leaves([sent]) != leaves([wanted]):
-                yield spot.breaks(Kind.TYPE_CHANGED, form(wanted), form(sent))
+                yield spot.breaks(Kind.TYPE_CHANGED, *words)
         elif sent.size != wanted.size:
             told = spot.breaks if sent.size and wanted.size else spot.may_break
-            yield told(Kind.SIZE_CHANGED, form(wanted), form(sent))
+            yield told(Kind.SIZE_CHANGED, *words)
+        elif not same_type(sent.type, wanted.type):
+            yield spot.may_break(Kind.TYPE_CHANGED, *words)
+
+    def _count(self, sent: FieldSchema, wanted: FieldSchema, spot: Spot) -> Iterator[Finding]:
+        """Arrays that differ in length; of those that others count, in their bounds."""
+        if not all(self._tell):
+            self._untold += 1
+        elif not sent.counted and not wanted.counted:
+            yield spot.breaks(Kind.ARRAY_LENGTH_CHANGED, form(wanted), form(sent))
+        elif not (sent.counted and wanted.counted) or (sent.count or 0) > (wanted.count or 0):
+            yield spot.may_break(Kind.ARRAY_LENGTH_CHANGED, form(wanted), form(sent))
 
     def _gap(self, gap: Gap[FieldSchema, FieldSchema], spot: Spot) -> Iterator[Finding]:
         """Fields that take each other's place, or nothing's."""
@@ -189,6 +202,8 @@ def _later(sent: StateSchema, wanted: StateSchema, spot: Spot) -> Iterator[Findi
 
 def _alike(one: FieldSchema, other: FieldSchema) -> bool:
     """Whether two fields that differ in name can be the same."""
+    if not same_type(one.type, other.type):
+        return False
     if one.struct is not None and other.struct is not None:
         return one.struct.name == other.struct.name
     same = (other.struct, other.size, other.count, other.conditional)

@@ -21,6 +21,10 @@ class FieldSchema:
     bytes of one element in memory, 0 where that is not fixed; ``count`` is the elements of an array
     of fixed length, ``None`` where there is one, or as many as another field says, or where the
     dump does not tell.  ``struct`` is what it is made of, ``None`` for a plain value or bytes.
+
+    The rest only vmferry's dumps tell: ``type``, as in a stream's description; that another field
+    has the length (``counted``) and ``count`` is its bound; from which version on the field is no
+    longer there (``before``); in which version the struct is written, if not in its own.
     """
 
     name: str
@@ -29,11 +33,20 @@ class FieldSchema:
     conditional: bool = False
     count: int | None = None
     struct: StateSchema | None = None
+    type: str | None = None
+    counted: bool = False
+    before: int | None = None
+    struct_version: int | None = None
 
-    @property
-    def total(self) -> int:
-        """Bytes of all elements."""
-        return self.size * (self.count or 1)
+    def in_version(self, version: int) -> bool:
+        """Whether *version* has the field."""
+        return self.version <= version and (self.before is None or version < self.before)
+
+    def inside(self) -> list[tuple[Key, FieldSchema]]:
+        """The fields of its struct, as far as they take part."""
+        if self.struct is None:
+            return []
+        return self.struct.fields_in(self.struct_version or self.struct.version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +65,7 @@ class StateSchema:
 
     def fields_in(self, version: int) -> list[tuple[Key, FieldSchema]]:
         """The fields that *version* has, in their order, by name and ordinal."""
-        return [entry for entry in self.keyed() if entry[1].version <= version]
+        return [entry for entry in self.keyed() if entry[1].in_version(version)]
 
     def keyed(self) -> Iterator[tuple[Key, FieldSchema]]:
         """All fields; variants of one share their name, and are told apart by an ordinal."""

@@ -114,16 +114,27 @@ def _field(node: Any, path: str, depth: int) -> FieldSchema:
     conditional = field.get("field_exists", False)
     if not isinstance(conditional, bool):
         raise StreamError(f"{path}.field_exists to be true or false", _shown(conditional))
+    before = _optional(field, "before", path)
+    struct = None
+    if "Description" in field:
+        struct = _state(field["Description"], f"{path}.Description", depth)
     return FieldSchema(
         _text(field, "field", path),
         _number(field, "size", path, _MEMORY),
         _number(field, "version_id", path, _BE32),
-        conditional,
-        _number(field, "num", path, _BE32) if "num" in field else None,
-        _state(field["Description"], f"{path}.Description", depth)
-        if "Description" in field
-        else None,
+        # QEMU has no other way to say that a field is gone than by a condition.
+        conditional and before is None,
+        _optional(field, "num", path),
+        struct,
+        _text(field, "type", path) if "type" in field else None,
+        "num_field" in field,
+        before,
+        _optional(field, "struct_version_id", path),
     )
+
+
+def _optional(node: dict[str, Any], key: str, path: str) -> int | None:
+    return _number(node, key, path, _BE32) if key in node else None
 
 
 def _object(value: Any, path: str) -> dict[str, Any]:

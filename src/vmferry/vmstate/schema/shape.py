@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from .model import FieldSchema
 
 GAP = "unused"
 """What QEMU and vmferry call bytes without meaning."""
+
+MARKED: Final = frozenset({"qtailq", "qlist", "gtree"})
+"""Types that are states with marks between them."""
+
+_STRUCTS: Final = frozenset({"struct", "vstruct", "tmp"})
+_BYTES: Final = frozenset({"buffer", "unused_buffer"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +39,16 @@ def leaves(fields: Iterable[FieldSchema]) -> list[Leaf] | None:
     """
     found: list[Leaf] = []
     for field in fields:
-        struct = field.struct
-        if field.conditional:
+        if field.conditional or field.counted or field.type in MARKED:
             return None
-        if struct is None:
+        if field.struct is None:
             if not field.size:
                 return None
             found.append(Leaf(field.size, field.count))
             continue
-        if field.count is not None or struct.subsections:
+        if field.count is not None or field.struct.subsections:
             return None
-        inner = leaves(member for _, member in struct.fields_in(struct.version))
+        inner = leaves(member for _, member in field.inside())
         if inner is None:
             return None
         found += inner
@@ -59,6 +65,13 @@ def is_gap(fields: Sequence[FieldSchema]) -> bool:
     return all(field.name == GAP for field in fields)
 
 
+def same_type(one: str | None, other: str | None) -> bool:
+    """Whether two types, as far as they are known, have the same bytes for the same value."""
+    if one is None or other is None or one == other:
+        return True
+    return any({one, other} <= alike for alike in (_STRUCTS, _BYTES))
+
+
 def form(field: FieldSchema) -> str:
     """What a field is made of, in words."""
     if field.struct is not None:
@@ -67,8 +80,10 @@ def form(field: FieldSchema) -> str:
         words = f"{field.size} byte{'s' * (field.size != 1)}"
     else:
         words = "bytes of no fixed number"
+    if field.type is not None and field.type not in _STRUCTS:
+        words += f" of {field.type}"
     if field.count is not None:
-        words = f"{field.count} times {words}"
+        words = f"{'at most ' * field.counted}{field.count} times {words}"
     return f"{words}, under a condition" if field.conditional else words
 
 

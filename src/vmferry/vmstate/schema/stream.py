@@ -24,7 +24,7 @@ from vmferry.wire.description import (
 from .align import Gap, Pair, align
 from .findings import Direction, Finding, Kind, Spot
 from .model import FieldSchema, Schema, StateSchema
-from .shape import form, forms, leaves, total
+from .shape import form, forms, leaves, same_type, total
 
 _BY_HAND: Final = frozenset(
     {
@@ -157,29 +157,35 @@ def _sent(vmsd: Vmsd) -> Iterator[tuple[str, _Sent]]:
 
 
 def _pair(sent: _Sent, wanted: FieldSchema, spot: Spot) -> Iterator[Finding]:
-    if wanted.count is not None and wanted.count != sent.count:
+    count = wanted.count
+    if count is not None and (sent.count > count if wanted.counted else sent.count != count):
         yield spot.breaks(Kind.ARRAY_LENGTH_CHANGED, form(wanted), sent.form)
     for element in sent.elements:
-        inner, plain = element.struct, element.type in _PLAIN
-        if wanted.struct is not None and inner is not None:
-            # Only a struct of fixed version brings one; others are loaded as the loader knows them.
-            version = inner.version if element.type == "vstruct" else wanted.struct.version
-            yield from _state(inner, wanted.struct, version, spot)
-        elif element.size == _MARKER:
-            continue
-        elif (
-            (wanted.struct is not None)
-            if plain
-            else (wanted.struct is None and element.type == STRUCT)
-        ):
-            yield spot.breaks(Kind.TYPE_CHANGED, form(wanted), sent.form)
-        elif wanted.struct is None and not _fits(element, wanted.size, plain=plain):
-            yield spot.breaks(Kind.SIZE_CHANGED, form(wanted), sent.form)
+        if element.struct is not None and wanted.struct is not None:
+            # A struct of fixed version says which; others are loaded as the loader knows them.
+            own = element.struct.version if element.type == "vstruct" else wanted.struct.version
+            version = wanted.struct_version or own
+            yield from _state(element.struct, wanted.struct, version, spot)
+        elif element.size != _MARKER or element.type in _BYTES:
+            yield from _value(element, wanted, spot, sent.form)
 
 
-def _fits(element: FieldDescription, size: int, *, plain: bool) -> bool:
+def _value(
+    element: FieldDescription, wanted: FieldSchema, spot: Spot, found: str
+) -> Iterator[Finding]:
+    """A value or bytes, or a struct that nothing is known of."""
+    is_struct = element.type == STRUCT
+    if is_struct if wanted.struct is None else element.type in _PLAIN:
+        yield spot.breaks(Kind.TYPE_CHANGED, form(wanted), found)
+    elif wanted.struct is None and not _fits(element, wanted.size):
+        yield spot.breaks(Kind.SIZE_CHANGED, form(wanted), found)
+    elif wanted.struct is None and not same_type(element.type, wanted.type):
+        yield spot.may_break(Kind.TYPE_CHANGED, form(wanted), found)
+
+
+def _fits(element: FieldDescription, size: int) -> bool:
     """Whether the bytes of a value can be those of a declared *size*."""
-    if plain:
+    if element.type in _PLAIN:
         return element.size == size
     if element.type in _BYTES and size:
         # The length of some buffers is a number in another field, times the declared size.
@@ -201,8 +207,10 @@ def _gap(gap: Gap[_Sent, FieldSchema], spot: Spot) -> Iterator[Finding]:
         yield spot.at(sent.first.name).breaks(Kind.FIELD_UNKNOWN, "no such field", sent.form)
     for field in missing:
         inner = spot.at(field.name)
-        if field.struct is not None and field.count is None:
-            # An array of as many states as another field says leaves no trace where that is 0.
+        if field.counted:
+            continue  # an array without elements leaves no trace
+        if field.type is None and field.struct is not None and field.count is None:
+            # In a dump that does not tell the type, this may be such an array.
             inner = inner.when("unless it is an array without elements")
             yield inner.may_break(Kind.FIELD_MISSING, form(field), "no such field")
         else:
