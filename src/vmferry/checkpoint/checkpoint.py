@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 from uuid import UUID
 
 import numpy as np
@@ -31,6 +31,9 @@ from vmferry.wire.sections import SectionFooter, SectionStart
 from . import manifest as m
 from .pages import Sums, check_pages, storage_error
 from .survey import BlockSurvey, DiskSurvey, SectionSurvey, Survey, total_size
+
+_IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
+"""How many pieces the kernel fills in one call."""
 
 
 class StoredPages:
@@ -51,16 +54,27 @@ class StoredPages:
         """A number for each page, 0 for a zero page."""
         return self._load_sums()
 
-    def read(self, offset: int, buffer: memoryview) -> None:
-        """Fill *buffer* with the bytes from *offset*; may be called by several threads."""
-        while buffer:
+    def read(self, offset: int, *buffers: memoryview) -> None:
+        """Fill *buffers*, one behind the other, with the bytes from *offset* on.
+
+        May be called by several threads.
+        """
+        left = list(buffers)
+        while left:
+            window = left[:_IOV_MAX]
             try:
-                count = os.preadv(self._fd, [buffer], offset)
+                count = os.preadv(self._fd, window, offset)
             except OSError as error:
                 raise storage_error(self.path, "read", error) from None
             if count == 0:
                 raise CheckpointDamaged(f"{self.path}: shorter than {self.size} bytes")
-            buffer, offset = buffer[count:], offset + count
+            offset += count
+            if count == sum(map(len, window)):  # nearly always
+                del left[:_IOV_MAX]
+                continue
+            while count >= len(left[0]):
+                count -= len(left.pop(0))
+            left[0] = left[0][count:]
 
     def verify(self) -> None:
         """Hold every page against its sum."""

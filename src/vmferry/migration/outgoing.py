@@ -20,8 +20,11 @@ class PageStore(Protocol):
     def sums(self) -> npt.NDArray[np.uint64]:
         """A number for each page, 0 for a zero page."""
 
-    def read(self, offset: int, buffer: memoryview) -> None:
-        """Fill *buffer* with the bytes from *offset*; may be called by several threads."""
+    def read(self, offset: int, *buffers: memoryview) -> None:
+        """Fill *buffers*, one behind the other, with the bytes from *offset* on.
+
+        May be called by several threads.
+        """
 
 
 class Outgoing(Protocol):

@@ -153,6 +153,7 @@ class Source:
 
     def _send_all(self, cleanup: ExitStack) -> None:
         machine = self._machine
+        self._batches = cleanup.enter_context(BatchWriter(machine.page_size))
         self._send(Header())
         if machine.configuration is not None:
             self._send(machine.configuration)
@@ -215,7 +216,6 @@ class Source:
         self._ram_section(SectionEnd(self._ram, RAM_SECTION), [])
 
     def _ram_pages(self) -> Iterator[Batch]:
-        writer = BatchWriter(self._machine.page_size)
         self._meter.next_round()
         for block in self._machine.blocks:
             store = self._machine.memory(block)
@@ -223,7 +223,7 @@ class Source:
                 continue
             if self._pages is not None:
                 self._pages.send_block(block, store)
-            yield from writer.batches(block, store, zero_only=self._pages is not None)
+            yield from self._batches.batches(block, store, zero_only=self._pages is not None)
 
     def _send_ends(self) -> None:
         if others := [r for r in self._machine.bitmaps if not isinstance(r, BitmapStart)]:
