@@ -52,9 +52,9 @@ def transferred(vm: Vm) -> int:
     return int(vm.qemu.query_migrate().get("ram", {}).get("transferred", 0))
 
 
-def assert_runs_on(source: Vm, status: str = "failed") -> None:
-    """The source's migration ended with *status*, its guest counts on, and can be saved."""
-    source.qemu.wait_migration(status)
+def assert_runs_on(source: Vm, *status: str) -> None:
+    """The source's migration ended with one *status*, by default ``failed``; its guest counts on."""
+    wait_until(lambda: source.status() in (status or {"failed"}))
     source.qemu.wait_running()
     source.serial.wait_beat(after=source.serial.drain())
 
@@ -75,7 +75,9 @@ def test_source_that_is_cancelled_leaves_nothing_behind(
     with pytest.raises(vmferry.TruncatedStream, match="cut off"):
         arrival.result()
     assert_nothing_left(arrival)
-    assert_runs_on(source, "cancelled")
+    # With a return path QEMU closes the connection before it notes that it is being cancelled: then
+    # it may take what the other side does in answer for a failure.
+    assert_runs_on(source, "cancelled", *(["failed"] if capabilities else []))
     fast = replace(PC, capabilities=capabilities)
     resumed = lab.resume(lab.receive(source, fast), fast)
     lab.assert_goes_on(resumed, source)
