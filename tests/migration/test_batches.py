@@ -31,7 +31,7 @@ class Store:
 class Broken(Store):
     """Pages that cannot be read."""
 
-    def read(self, offset: int, *buffers: memoryview) -> None:
+    def read(self, offset: int, *_buffers: memoryview) -> None:
         raise StorageError(f"nothing at {offset}")
 
 
