@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, inspect, receive, send
+from . import convert, inspect, receive, schema, send
 
 # Without rich: its import alone costs more than all the rest of --help.
 app = typer.Typer(
@@ -44,3 +44,4 @@ for _verb, _module, _help in (
     ("convert", convert, "Make a memory image, a core file or a stream of it."),
 ):
     app.command(_verb, short_help=_help)(_module.command)
+app.add_typer(schema.verbs, name="schema", short_help="Compare the device state of programs.")

@@ -10,7 +10,16 @@ from enum import StrEnum
 from typing import Any, Final
 
 
-class Severity(StrEnum):
+class _Words(StrEnum):
+    """Values are words with hyphens between them."""
+
+    @property
+    def words(self) -> str:
+        """As in a sentence."""
+        return self.value.replace("-", " ")
+
+
+class Severity(_Words):
     """Whether a stream loads.
 
     ``BREAKS``: it does not, or loads wrong; where the finding has a condition, only if that holds.
@@ -18,40 +27,40 @@ class Severity(StrEnum):
     """
 
     BREAKS = "breaks"
-    MAY_BREAK = "may break"
+    MAY_BREAK = "may-break"
     NOTE = "note"
 
 
-class Direction(StrEnum):
+class Direction(_Words):
     """Whose stream is loaded by whom."""
 
-    OLD_TO_NEW = "old to new"
-    NEW_TO_OLD = "new to old"
+    OLD_TO_NEW = "old-to-new"
+    NEW_TO_OLD = "new-to-old"
     STREAM = "stream"
 
 
-class Kind(StrEnum):
+class Kind(_Words):
     """What a finding is about; *unknown* is to the side that loads, *missing* in the stream."""
 
-    DEVICE_UNKNOWN = "device unknown"
-    DEVICE_RENAMED = "device renamed"
-    VERSION_TOO_NEW = "version too new"
-    VERSION_TOO_OLD = "version too old"
-    MINIMUM_NOT_RAISED = "minimum not raised"
-    FIELD_UNKNOWN = "field unknown"
-    FIELD_MISSING = "field missing"
-    FIELD_IN_LATER_VERSION = "field in later version"
-    FIELD_RENAMED = "field renamed"
-    FIELDS_REGROUPED = "fields regrouped"
-    FIELD_CONDITION = "field condition"
-    SIZE_CHANGED = "size changed"
-    TYPE_CHANGED = "type changed"
-    ARRAY_LENGTH_CHANGED = "array length changed"
-    ARRAY_LENGTH_UNKNOWN = "array length unknown"
-    ORDER_CHANGED = "order changed"
-    SUBSECTION_UNKNOWN = "subsection unknown"
-    SUBSECTION_MISSING = "subsection missing"
-    NOT_JUDGED = "not judged"
+    DEVICE_UNKNOWN = "device-unknown"
+    DEVICE_RENAMED = "device-renamed"
+    VERSION_TOO_NEW = "version-too-new"
+    VERSION_TOO_OLD = "version-too-old"
+    MINIMUM_NOT_RAISED = "minimum-not-raised"
+    FIELD_UNKNOWN = "field-unknown"
+    FIELD_MISSING = "field-missing"
+    FIELD_IN_LATER_VERSION = "field-in-later-version"
+    FIELD_RENAMED = "field-renamed"
+    FIELDS_REGROUPED = "fields-regrouped"
+    FIELD_CONDITION = "field-condition"
+    SIZE_CHANGED = "size-changed"
+    TYPE_CHANGED = "type-changed"
+    ARRAY_LENGTH_CHANGED = "array-length-changed"
+    ARRAY_LENGTH_UNKNOWN = "array-length-unknown"
+    ORDER_CHANGED = "order-changed"
+    SUBSECTION_UNKNOWN = "subsection-unknown"
+    SUBSECTION_MISSING = "subsection-missing"
+    NOT_JUDGED = "not-judged"
 
 
 ADVICE: Final = {
@@ -124,10 +133,10 @@ class Finding:
         }
 
     def __str__(self) -> str:
-        when = f" {self.condition}" if self.condition else ""
+        condition = f" ({self.condition})" if self.condition else ""
         return (
-            f"{self.severity}{when}: {self.path}: {self.kind}:"
-            f" expected {self.expected}, found {self.found}; {self.advice}"
+            f"{self.path}: {self.kind.words}: expected {self.expected}, found {self.found}"
+            f"{condition}"
         )
 
 
