@@ -46,7 +46,7 @@ class _Check:
             yield from self._device(device)
         if self._untold:
             words = ["lengths of arrays" if told else "none told" for told in self._tell]
-            spot = Spot(self._direction, "", f"{self._untold} arrays")
+            spot = Spot(self._direction, "", f"{self._untold} array{'s' * (self._untold != 1)}")
             yield spot.note(Kind.ARRAY_LENGTH_UNKNOWN, *words)
 
     def _device(self, device: DeviceSchema) -> Iterator[Finding]:
@@ -84,7 +84,7 @@ class _Check:
         if sent.version < wanted.version and any(
             finding.breaks and finding.condition == spot.condition for finding in findings
         ):
-            expected = f"what versions {wanted.minimum} to {wanted.version} fit"
+            expected = f"what fits, as version {wanted.minimum} and later are taken"
             yield spot.breaks(Kind.MINIMUM_NOT_RAISED, expected, f"{found}, which does not")
         yield from findings
         yield from _later(sent, wanted, spot)
