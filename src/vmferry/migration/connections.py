@@ -132,7 +132,7 @@ class Connections:
             raise
         if head != MAGIC:
             expected = f"a multifd channel with magic {MAGIC.hex()}"
-            raise StreamError(expected, head.hex(), channel=channel.name, offset=0)
+            raise StreamError(expected, head.hex() or "its end", channel=channel.name, offset=0)
         self._add_pages(channel, head)
 
     def _add_pages(self, channel: Channel, head: bytes) -> None:
