@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -233,6 +234,21 @@ def test_full_disk_is_a_storage_error_and_leaves_nothing(tmp_path: Path) -> None
         assert "No space left on device" in errors or "File too large" in errors
         assert errors.count("\n") == 1
         assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
+def test_closed_standard_streams_are_not_reused(
+    closed: tuple[int, ...], stream: Path, saved: Path
+) -> None:
+    # What the child prints would else end up in the first file that was opened.
+    uri = f"exec:cat {stream}; echo astray >&2"
+    redirections = " ".join(f"{number}>&-" for number in closed)
+    line = shlex.join([*COMMAND, "receive", uri, str(saved)])
+    done = subprocess.run(
+        ["sh", "-c", f"{line} {redirections}"], env=environment(), check=False, timeout=60
+    )
+    assert done.returncode == 0
+    package.Checkpoint(saved, verify=True).close()
 
 
 def assert_one_error(command: Running, text: str) -> None:

@@ -13,13 +13,19 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    from .ending import status_of
-    from .signals import raising_signals
+    """Run the command; returns the status that the process is to exit with, at once."""
+    from .signals import Interrupted, raising_signals
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     with raising_signals():
-        return status_of(lambda: _run(given))
+        try:
+            from .ending import status_of
+            from .output import open_standard_streams
+
+            open_standard_streams()
+            return status_of(lambda: _run(given))
+        except Interrupted as error:  # before the command began, or after it had ended
+            return error.exit_status
 
 
 def _run(arguments: list[str]) -> int:

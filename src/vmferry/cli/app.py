@@ -14,6 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 2 wrong usage, 3 bad stream, 4 peer or network, 5 files, 1 a bug "
+    "in vmferry: VMFERRY_DEBUG=1 shows more of it.",
 )
 
 

@@ -11,7 +11,7 @@ from vmferry.vmstate.tree import DeviceState
 from vmferry.wire.devices import DeviceRegion
 
 from .fields import summary
-from .output import heading, name, width
+from .output import count, heading, name, width
 
 _SUMMARY: Final = 24
 """Columns that a summary of a device gets at least."""
@@ -48,7 +48,7 @@ def memory(survey: Survey) -> Iterator[str]:
     pages = sum(map(_pages, survey.blocks))
     zero = sum(block.zero_pages for block in survey.blocks)
     yield heading(
-        f"RAM: {format_size(total)} in {_count(len(survey.blocks), 'block')}, "
+        f"RAM: {format_size(total)} in {count(len(survey.blocks), 'block')}, "
         f"{_percent(zero, pages)} zero pages"
     )
     kinds = [kind for kind in KINDS.values() if any(b.records.get(kind) for b in survey.blocks)]
@@ -67,6 +67,8 @@ def memory(survey: Survey) -> Iterator[str]:
             ]
         )
     yield from _table(rows)
+    if unsent and survey.error is None:
+        yield "  What was not sent here came through other channels (multifd), or not at all."
 
 
 def disks(survey: Survey) -> Iterator[str]:
@@ -111,7 +113,7 @@ def sections(survey: Survey) -> Iterator[str]:
         lasts.append(region.reason)
     for line, last in zip(_table(rows, right=(0, 1)), lasts, strict=True):
         room = max(width() - len(line) - 2, _SUMMARY)
-        yield f"{line}  {_shortened(last, room)}".rstrip()
+        yield f"{line}  {_shortened(last, room)}"
 
 
 def _title(section: SectionSurvey) -> list[str]:
@@ -128,10 +130,6 @@ def _last(section: SectionSurvey, states: dict[int, DeviceState]) -> str:
 
 def _pages(block: BlockSurvey) -> int:
     return block.data_pages + block.zero_pages + block.unsent_pages
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _percent(part: int, whole: int) -> str:

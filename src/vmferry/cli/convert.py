@@ -53,7 +53,8 @@ def command(
         try:
             exported = convert(source, to.value, out, progress=report.progress, max_ram=max_ram)
         except Interrupted as interrupted:
-            interrupted.consequence = "nothing was kept"
+            # It appears when it is complete; had it been there before, that were another error.
+            interrupted.consequence = f"{out} is complete" if out.exists() else "nothing was kept"
             raise
         left_out = [block.name for block in exported.left_out]
         text = f"wrote {out} ({to.value})"

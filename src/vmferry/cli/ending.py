@@ -20,6 +20,7 @@ from .signals import Interrupted
 # The base of what typer raises for bad arguments has no public name, and has moved.
 _BAD_ARGUMENTS: Final[type[Exception]] = typer.BadParameter.__mro__[2]
 
+_BUG: Final = 1
 _STORAGE: Final = 5
 _READER_GONE: Final = 141
 _PACKAGE: Final = Path(__file__).parent.parent
@@ -34,7 +35,9 @@ def status_of(run: Callable[[], int]) -> int:
         silence(sys.stdout)
         return _READER_GONE
     except (Exception, Interrupted) as error:  # noqa: BLE001 - no traceback unless asked for
-        message, status = _judged(error)
+        message, status = judged(error)
+        if os.environ.get("VMFERRY_DEBUG") and status == _BUG:
+            traceback.print_exception(error)
         with suppress(OSError):  # nobody listens
             print(f"vmferry: {one_line(message)}", file=sys.stderr, flush=True)
         if isinstance(error, OSError):
@@ -45,7 +48,7 @@ def status_of(run: Callable[[], int]) -> int:
     return status
 
 
-def _judged(error: Exception | Interrupted) -> tuple[str, int]:
+def judged(error: BaseException) -> tuple[str, int]:
     """What to say of *error*, and the exit status."""
     match error:
         case VmferryError() | Interrupted():
@@ -54,11 +57,11 @@ def _judged(error: Exception | Interrupted) -> tuple[str, int]:
             where = f"{error.filename}: " if error.filename is not None else ""
             return f"{where}{error.strerror or error}", _STORAGE
         case MemoryError():
-            return "there is not enough memory for this", 1
+            return "there is not enough memory for this", _BUG
         case _ if isinstance(error, _BAD_ARGUMENTS):
             return _bad_arguments(error), 2
         case _:
-            return _bug(error), 1
+            return _bug(error), _BUG
 
 
 def _bad_arguments(error: BaseException) -> str:
@@ -70,8 +73,6 @@ def _bad_arguments(error: BaseException) -> str:
 
 
 def _bug(error: BaseException) -> str:
-    if os.environ.get("VMFERRY_DEBUG"):
-        traceback.print_exception(error)
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
     last = (ours or list(frames))[-1]

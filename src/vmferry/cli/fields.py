@@ -10,7 +10,7 @@ from typing import Final
 from vmferry.vmstate.tree import Array, DeviceState, Elements, Node, Raw, Struct, Value
 from vmferry.wire.devices import DeviceRegion, DeviceSection
 
-from .output import heading, name
+from .output import count, heading, name
 
 _HEX_ROW: Final = 16
 _WIDTH: Final = 96
@@ -24,10 +24,10 @@ def summary(state: DeviceState) -> str:
     unknown = sum(node.size for node in nodes if isinstance(node, Raw) and node.reason)
     leaves = sum(not isinstance(node, Struct | Elements) for node in nodes)
     if unknown and leaves == 1:
-        return f"{unknown:,} bytes not decoded"
-    counted = f"{leaves:,} field{'' if leaves == 1 else 's'}"
+        return f"{count(unknown, 'byte')} not decoded"
+    counted = count(leaves, "field")
     if unknown:
-        counted += f", {unknown:,} bytes not decoded"
+        counted += f", {count(unknown, 'byte')} not decoded"
     values = ", ".join(
         f"{name(node.name)}={_short(node)}" for node in nodes if isinstance(node, Value)
     )
@@ -38,7 +38,7 @@ def device(section: DeviceSection | DeviceRegion, state: DeviceState) -> Iterato
     """Every field of a device."""
     version = f", version {section.version}" if isinstance(section, DeviceSection) else ""
     title = f"{name(state.name)}:{state.instance}{version}"
-    yield heading(f"{title}, {section.size:,} bytes at {section.offset:#x}")
+    yield heading(f"{title}, {count(section.size, 'byte')} at {section.offset:#x}")
     if section.reason:
         yield f"  ({section.reason})"
     for node in state.root.fields:
@@ -78,7 +78,7 @@ def _node(node: Node, label: str, indent: str) -> Iterator[str]:
         case Raw():
             reason = f", not decoded: {node.reason}" if node.reason else ""
             zero = "zero " if node.data and not any(node.data) else ""
-            yield f"{title}  {len(node.data):,} {zero}bytes{reason}"
+            yield f"{title}  {count(len(node.data), f'{zero}byte')}{reason}"
             if not zero:
                 yield from _dump(node.data, f"{indent}  ")
         case Elements():
@@ -129,9 +129,9 @@ def _numbers(node: Array, indent: str) -> Iterator[str]:
     plain = all(-10 < found < 10 for found in node.values)
     words = []
     for found, run in groupby(node.values):
-        count = len(list(run))
+        times = len(list(run))
         shown = str(found) if plain or found < 0 else f"{found:#0{digits + 2}x}"
-        words += [f"{count}*{shown}"] if count > 3 else [shown] * count
+        words += [f"{times}*{shown}"] if times > 3 else [shown] * times
     yield from textwrap.wrap(
         " ".join(words), _WIDTH, initial_indent=indent, subsequent_indent=indent
     )

@@ -19,9 +19,25 @@ class ReaderGone(BaseException):
     """Nobody reads standard output any more: there is nothing left to do."""
 
 
+def open_standard_streams() -> None:
+    """Put something harmless where the command was started with a standard stream closed.
+
+    Else the next file that is opened would take its number, and get what a child process prints.
+    """
+    for number, stream in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, stream) is None:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            setattr(sys, stream, os.fdopen(number, "w" if number else "r"))
+
+
 def name(text: str) -> str:
     """A name from a stream: as it is where it is harmless, else quoted and escaped."""
     return text if len(text) <= 80 and _PLAIN.fullmatch(text) else printable(text)
+
+
+def count(number: int, what: str) -> str:
+    """``1 block``, ``2,000 blocks``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def one_line(text: str) -> str:
@@ -43,7 +59,7 @@ def write(lines: Iterable[str]) -> None:
     out = sys.stdout
     try:
         for line in lines:
-            out.write(f"{_fitting(line, out)}\n")
+            out.write(f"{_fitting(line, out).rstrip()}\n")
         out.flush()
     except BrokenPipeError:
         silence(out)

@@ -18,8 +18,8 @@ from vmferry.errors import UsageError, VmferryError
 from vmferry.migration.progress import Progress
 from vmferry.units import format_duration, format_rate, format_size
 
+from .ending import judged
 from .output import is_terminal, name, say, silence
-from .signals import Interrupted
 
 _EVERY: Final = 1.0
 """Seconds between two plain lines."""
@@ -78,7 +78,7 @@ class Reporter:
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, VmferryError | Interrupted):
+        if error is not None:
             self.failed(error)
 
     def listening(self, address: str) -> None:
@@ -92,7 +92,7 @@ class Reporter:
     def finished(self, done: Done) -> None:
         """It is done."""
 
-    def failed(self, error: VmferryError | Interrupted) -> None:
+    def failed(self, error: BaseException) -> None:
         """It went wrong; whoever ends the command says why."""
 
 
@@ -146,11 +146,14 @@ class JsonLines(Reporter):
         """It is done."""
         self._event("result", {"ok": True} | done.content)
 
-    def failed(self, error: VmferryError | Interrupted) -> None:
+    def failed(self, error: BaseException) -> None:
         """It went wrong."""
+        message, status = judged(error)
+        content = {"kind": type(error).__name__, "message": message}
+        if isinstance(error, VmferryError):
+            content = error.to_json()
         with suppress(OSError):  # the error itself is the one to hear of
-            failure = {"ok": False, "error": error.to_json(), "exit_status": error.exit_status}
-            self._event("result", failure)
+            self._event("result", {"ok": False, "error": content, "exit_status": status})
 
 
 def reporter(*, json: bool, quiet: bool, out_is_stream: bool = False) -> Reporter:

@@ -7,10 +7,11 @@ cancelled, so that the source hears of it and what was begun is removed.
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from threading import Lock, Thread
 from types import FrameType
 from typing import Final, Protocol, TypeVar
 
@@ -39,26 +40,28 @@ class Interrupted(BaseException):
     def __str__(self) -> str:
         return "; ".join(part for part in (self.args[0], self.consequence) if part)
 
-    def to_json(self) -> dict[str, str]:
-        """As the method of :class:`~vmferry.errors.VmferryError`."""
-        return {"kind": "Interrupted", "message": str(self)}
-
 
 @contextmanager
 def raising_signals() -> Iterator[None]:
     """Within, a signal that asks to stop raises :class:`Interrupted` in the main thread.
 
-    One that this process was started to ignore (``nohup``, a job in the background) stays ignored.
+    Behind, it is ignored: the work is done, and the status is to say so.
     """
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    wanted = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    for number in wanted:
-        signal.signal(number, _raise)
+    _handle(_raise)
     try:
         yield
     finally:
-        for number in wanted:
-            signal.signal(number, before[number])
+        _handle(signal.SIG_IGN)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    """Give signals this handler, but those that the process was started to ignore.
+
+    So are those of ``nohup`` and of a job in the background; they stay ignored.
+    """
+    for number in _SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _raise(number: int, _frame: FrameType | None) -> None:
@@ -76,7 +79,7 @@ class Work:
     """What :func:`supervised` runs, as it can be stopped: from when it is *begun* with a target."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._target: Cancellable | None = None
         self._unwanted = False
 
@@ -100,33 +103,38 @@ class Work:
 def supervised(run: Callable[[Work], T], *, patience: float | None = None) -> T:
     """What *run* returns or raises, called in a thread of its own.
 
-    A signal cancels the work and is raised when it has stopped, or not at all if it came too late.
-    After a second signal, or *patience* seconds, the work is left behind.
+    A signal cancels the work and is raised when it has stopped.  It is ignored where it comes too
+    late, and from then on, so that the verb can say how the work went.  After a second signal, or
+    *patience* seconds, the work is left behind.
     """
     work = Work()
     outcome: Future[T] = Future()
-    thread = threading.Thread(target=_carry_out, args=(run, work, outcome), daemon=True)
-    try:
-        thread.start()
-        return outcome.result()
-    except Interrupted as interrupted:
-        return _stop(work, outcome, patience, interrupted)
+    # What a signal handler may call at any moment, unlike locks.
+    news: SimpleQueue[Interrupted | None] = SimpleQueue()
 
+    def carry_out() -> None:
+        try:
+            outcome.set_result(run(work))
+        except BaseException as error:  # noqa: BLE001 - raised again by the main thread
+            outcome.set_exception(error)
+        news.put(None)
 
-def _carry_out(run: Callable[[Work], T], work: Work, outcome: Future[T]) -> None:
-    try:
-        outcome.set_result(run(work))
-    except BaseException as error:  # noqa: BLE001 - raised again by the main thread
-        outcome.set_exception(error)
-
-
-def _stop(work: Work, outcome: Future[T], patience: float | None, interrupted: Interrupted) -> T:
-    try:
+    _handle(lambda number, _frame: news.put(Interrupted(number)))
+    Thread(target=carry_out, daemon=True).start()
+    interrupted = news.get()
+    if interrupted is not None:
         work.cancel()
-        failure = outcome.exception(patience)
-    except (Interrupted, TimeoutError):
-        interrupted.is_left = True
-        raise interrupted from None
-    if failure is None:
-        return outcome.result()
-    raise interrupted from None
+        if not _stops(news, patience):
+            interrupted.is_left = True
+            raise interrupted
+        if outcome.exception() is not None:
+            raise interrupted
+    return outcome.result()
+
+
+def _stops(news: SimpleQueue[Interrupted | None], patience: float | None) -> bool:
+    """Whether the next thing to hear of is that the work has stopped."""
+    try:
+        return news.get(timeout=patience) is None
+    except Empty:
+        return False
