@@ -38,11 +38,14 @@ def with_capabilities(*names: str, **changes: Any) -> Scenario:
     return replace(PC, capabilities=names, **changes)
 
 
+SLOW = 4 << 20
+"""Bytes a second, where few of them stand for many pages; see :class:`Scenario`."""
+
 CAPABILITIES = [
     row("plain", PC),
-    row("xbzrle", with_capabilities("xbzrle", rounds=5)),
-    row("compress", with_capabilities("compress")),
-    row("xbzrle-compress", with_capabilities("xbzrle", "compress", rounds=5)),
+    row("xbzrle", with_capabilities("xbzrle", rounds=5, bandwidth=SLOW)),
+    row("compress", with_capabilities("compress", bandwidth=SLOW)),
+    row("xbzrle-compress", with_capabilities("xbzrle", "compress", rounds=5, bandwidth=SLOW)),
     *(multifd(channels, method) for channels in (2, 4, 16) for method in ("none", "zlib", "zstd")),
     row("return-path", with_capabilities("return-path")),
     row("postcopy-ram", with_capabilities("postcopy-ram"), ["postcopy-ram", "return-path"]),
