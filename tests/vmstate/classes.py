@@ -133,7 +133,7 @@ def attributes(draw: st.DrawFn, depth: int) -> Member:
     kind = draw(st.sampled_from(SIMPLE + NESTED * (depth > 0)))
     n = draw(st.integers(1, 4))
     if kind in NESTED:
-        inner = draw(classes(depth=depth - 1))
+        inner = draw(classes(depth=depth - 1, name=f"inner{depth}"))
         cls = inner.cls
         return {
             "struct": lambda: Member(cls, inner.make),

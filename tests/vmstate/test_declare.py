@@ -201,6 +201,37 @@ def test_a_declaration_below_one_that_replaces_the_class_is_noticed() -> None:
         save(Device())
 
 
+def test_a_subsection_that_would_be_taken_for_that_of_a_struct_is_refused() -> None:
+    @state("dev/part")
+    class Part:
+        x: U8
+
+    @state("dev")
+    @dataclass
+    class Nested:
+        part: Annotated[Part | None, subsection] = None
+
+    @state("holder")
+    @dataclass
+    class Holder:
+        nested: Nested = field(default_factory=Nested)
+
+    class Device:
+        holder: Holder
+        n: Annotated[U8, since(2)]
+        part: Annotated[Part | None, subsection]
+
+    message = r"Device\.part: the name 'dev/part' begins with 'dev', so that a .*Nested before it"
+    with pytest.raises(DeclarationError, match=message):
+        device("dev", version=2)(Device)
+
+    class Apart(Device):
+        holder: Holder
+        n: U8
+
+    device("dev", version=2)(Apart)
+
+
 def test_what_is_local_or_of_the_class_is_not_migrated() -> None:
     @device("d")
     @dataclass

@@ -14,9 +14,9 @@ A device is a class whose annotations say how its attributes are sent::
 :func:`save` and :func:`load` are all it takes; what can be declared is in :mod:`.types`.
 """
 
-from .codec import Staged, load, save, stage
 from .declare import device, state, vmstate_of
 from .describe import declared, describe
+from .transfer import Staged, load, save, stage
 from .types import (
     I8,
     I16,

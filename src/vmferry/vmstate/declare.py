@@ -21,6 +21,7 @@ from .codec import compile_plan
 from .kinds import kind_of, plan_of, split
 from .plan import (
     PLAN,
+    Custom,
     Elements,
     Field,
     Gap,
@@ -127,6 +128,7 @@ def _declare(
         registration=registration,
     )
     _check_made(plan)
+    _check_ends(plan)
     compile_plan(plan, version)
     setattr(cls, PLAN, plan)
     return cls
@@ -335,3 +337,42 @@ def _check_made(plan: Plan) -> None:
                     " be made when loading, so that what it takes to be called may only be fields"
                     " that are always there"
                 )
+
+
+def _check_ends(plan: Plan) -> None:
+    """Refuse subsections that a loader would take for those of the state before them.
+
+    Whose a subsection is shows in the beginning of its name alone, and the innermost state that
+    ends where it begins is asked first.
+    """
+    ends = _ends(plan.fields)
+    ends += [inner for part in plan.subsections for inner in (part.plan, *_ends(part.plan.fields))]
+    for part in plan.subsections:
+        for inner in ends:
+            if inner.subsections and part.plan.name.startswith(inner.name) and inner != part.plan:
+                raise DeclarationError(
+                    f"{plan.cls.__qualname__}.{part.attribute}: the name {part.plan.name!r} begins"
+                    f" with {inner.name!r}, so that a {inner.cls.__qualname__} before it would take"
+                    " it for a subsection of its own; use another name"
+                )
+
+
+def _ends(fields: tuple[Field, ...]) -> list[Plan]:
+    """The states that may be the last of some fields, innermost included."""
+    found: list[Plan] = []
+    for field in reversed(fields):
+        kind = field.kind.element if isinstance(field.kind, Elements) else field.kind
+        if isinstance(kind, Struct | Temporary):
+            found += [kind.plan, *_ends(kind.plan.fields)]
+        if not _may_be_empty(field):
+            break
+    return found
+
+
+def _may_be_empty(field: Field) -> bool:
+    """Whether the field may have no bytes."""
+    kind = field.kind.element if isinstance(field.kind, Elements) else field.kind
+    if isinstance(kind, Struct | Temporary):
+        return field.conditional or field.since > 0 or all(map(_may_be_empty, kind.plan.fields))
+    counted = getattr(field.kind, "count", None) is not None
+    return field.conditional or field.since > 0 or counted or isinstance(kind, Custom)

@@ -15,9 +15,10 @@ from vmferry.errors import StateError
 
 from . import plan as p
 from .arrays import flattened, with_path
-from .codec import needed_part, plan_of_object
+from .codec import needed_part
 from .declare import vmstate_of
 from .staging import run_hook
+from .transfer import plan_of_object
 from .values import check_class
 
 Json: TypeAlias = dict[str, Any]

@@ -1,0 +1,89 @@
+"""Saving and loading whole objects."""
+
+from __future__ import annotations
+
+from vmferry.errors import StateError, UsageError
+
+from .codec import check_version, compile_plan
+from .plan import PLAN, Plan
+from .staging import Loader, Saver
+
+
+def save(obj: object) -> bytes:
+    """The bytes of a declared object, as the body of a device section has them.
+
+    ``post_save`` is called whether or not that succeeds, as it may have to undo ``pre_save``.
+    Raises :class:`StateError` for a value that does not fit, and for a device that is unmigratable.
+    """
+    plan = plan_of_object(obj)
+    if plan.registration is not None and plan.registration.unmigratable is not None:
+        raise StateError("a device that can be migrated", plan.registration.unmigratable).inside(
+            plan.name
+        )
+    saver = Saver()
+    try:
+        compile_plan(plan, plan.version).save(obj, saver)
+        return b"".join(saver.parts)
+    except StateError as error:
+        raise error.inside(plan.name) from error.__cause__
+    finally:
+        for hook in saver.after:
+            hook()
+
+
+class Staged:
+    """A state that has decoded whole, and is not assigned yet; ``size`` is its bytes."""
+
+    def __init__(self, name: str, size: int, loader: Loader) -> None:
+        self.size = size
+        self._name = name
+        self._loader = loader
+
+    def commit(self) -> None:
+        """Assign it, and run what takes notice: temporaries and ``post_load``, innermost first."""
+        self._loader.commit()
+        try:
+            for hook in self._loader.after:
+                hook()
+        except StateError as error:
+            raise error.inside(self._name) from error.__cause__
+
+
+def stage(obj: object, data: bytes | bytearray | memoryview, version: int) -> Staged:
+    """Decode a state of *obj* that *data* begins with, of which *version* it says it is.
+
+    Nothing is changed before the result's ``commit()``, until when *data* must not change either.
+    Raises :class:`StateError`.
+    """
+    plan = plan_of_object(obj)
+    view = memoryview(data).toreadonly().cast("B")
+    try:
+        check_version(plan, version)
+        codec = compile_plan(plan, version)
+        loader = Loader(view, 0, codec.recording)
+        codec.load_into(loader, obj)
+    except StateError as error:
+        raise error.inside(plan.name) from error.__cause__
+    return Staged(plan.name, loader.at, loader)
+
+
+def load(obj: object, data: bytes | bytearray | memoryview, version: int) -> None:
+    """Load *data*, all of it, into *obj*.
+
+    *obj* is as it was where that fails with a :class:`StateError`, unless ``post_load`` was what
+    failed.
+    """
+    staged = stage(obj, data, version)
+    if staged.size != memoryview(data).nbytes:
+        raise StateError(
+            f"a state of {memoryview(data).nbytes} bytes", f"its end at {staged.size}"
+        ).inside(plan_of_object(obj).name)
+    staged.commit()
+
+
+def plan_of_object(obj: object) -> Plan:
+    """The plan of an object, or an error that says what lacks."""
+    plan = type(obj).__dict__.get(PLAN)
+    if isinstance(plan, Plan) and plan.cls is type(obj):
+        return plan
+    raise UsageError(f"{type(obj).__qualname__} is not declared with @device or @state")
