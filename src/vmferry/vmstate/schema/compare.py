@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from .align import Gap, Pair, align
 from .findings import Direction, Finding, Kind, Spot
-from .model import DeviceSchema, FieldSchema, Key, Schema, StateSchema
+from .model import CANDIDATES, DeviceSchema, FieldSchema, Key, Schema, StateSchema
 from .shape import form, forms, is_gap, leaves, same_type, total
 
 Entry = tuple[Key, FieldSchema]
@@ -62,10 +62,11 @@ class _Check:
             return
         if others != [same]:
             # Sections go by the name of the state: any type that has it will do, if it is there.
-            types = ", ".join(other.type for other in others)
+            types = ", ".join(other.type for other in others[:CANDIDATES])
             yield spot.may_break(Kind.DEVICE_RENAMED, f"type {types}", f"type {device.type}")
+        states = list(dict.fromkeys(other.state for other in others))
         yield from min(
-            (list(self._versioned(device.state, other.state, spot)) for other in others),
+            (list(self._versioned(device.state, state, spot)) for state in states[:CANDIDATES]),
             key=lambda findings: sum(finding.breaks for finding in findings),
         )
 

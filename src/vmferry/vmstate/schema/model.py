@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
+
+CANDIDATES: Final = 32
+"""Types of one state name that are tried at the most; QEMU 10 has up to 9."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ their state, as the declared types are not in the stream; several types may shar
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,7 +23,7 @@ from vmferry.wire.description import (
 
 from .align import Gap, Pair, align
 from .findings import Direction, Finding, Kind, Spot
-from .model import FieldSchema, Schema, StateSchema
+from .model import CANDIDATES, FieldSchema, Key, Schema, StateSchema
 from .shape import form, forms, leaves, same_type, total
 
 _BY_HAND: Final = frozenset(
@@ -55,13 +55,12 @@ def check_stream(
     What is judged is the device sections: that each is known, fits in its versions, and is made of
     the fields that are declared.  Whether the machine there has the devices is not in a schema.
     """
-    known: dict[str, list[StateSchema]] = defaultdict(list)
+    known: dict[str, dict[StateSchema, None]] = defaultdict(dict)
     for declared in schema.devices:
-        if declared.state not in known[declared.state.name]:
-            known[declared.state.name].append(declared.state)
+        known[declared.state.name][declared.state] = None
     found: dict[Finding, None] = {}
     for device in description.devices:
-        found |= dict.fromkeys(_device(device, known.get(_state_name(device), []), schema))
+        found |= dict.fromkeys(_device(device, list(known.get(_state_name(device), ())), schema))
     for name in dict.fromkeys(others):
         spot = Spot(Direction.STREAM, name, name)
         found[spot.note(Kind.NOT_JUDGED, "a declared state", "a section of its own kind")] = None
@@ -82,7 +81,7 @@ def _device(
         yield spot.note(Kind.NOT_JUDGED, "a described state", f"{device.size} bytes")
     elif states:
         yield from min(
-            (list(_versioned(vmsd, state, spot)) for state in states),
+            (list(_versioned(vmsd, state, spot)) for state in states[:CANDIDATES]),
             key=lambda findings: sum(finding.breaks for finding in findings),
         )
     elif not schema.complete and name in _BY_HAND:
@@ -127,7 +126,7 @@ class _Sent:
 
 def _state(vmsd: Vmsd, state: StateSchema, version: int, spot: Spot) -> Iterator[Finding]:
     names = state.described_names()
-    wanted = [(names[key], field) for key, field in state.fields_in(version)]
+    wanted = [((names[key], 0), field) for key, field in state.fields_in(version)]
     for part in align(list(_sent(vmsd)), wanted):
         if isinstance(part, Pair):
             yield from _pair(part.sent, part.wanted, spot.at(part.wanted.name))
@@ -143,17 +142,15 @@ def _state(vmsd: Vmsd, state: StateSchema, version: int, spot: Spot) -> Iterator
             yield inner.breaks(Kind.SUBSECTION_UNKNOWN, expected, f"{sub.name}, which is not")
 
 
-def _sent(vmsd: Vmsd) -> Iterator[tuple[str, _Sent]]:
+def _sent(vmsd: Vmsd) -> Iterator[tuple[Key, _Sent]]:
     """The fields by name, the elements of an array together."""
-    seen: set[str] = set()
+    # A peer may repeat a name that QEMU would not; only the first is then one that is known.
+    seen: Counter[str] = Counter()
     for (name, _), run in groupby(
         enumerate(vmsd.fields), key=lambda at: (at[1].name, at[1].index is None and at[0])
     ):
-        # A peer may repeat a name that QEMU would not; it is then no field that is known.
-        while name in seen:
-            name += "'"  # noqa: PLW2901
-        seen.add(name)
-        yield name, _Sent(tuple(field for _, field in run))
+        yield (name, seen[name]), _Sent(tuple(field for _, field in run))
+        seen[name] += 1
 
 
 def _pair(sent: _Sent, wanted: FieldSchema, spot: Spot) -> Iterator[Finding]:
