@@ -11,7 +11,7 @@ from typing import Any
 
 from vmferry.errors import UsageError, VmferryError, printable
 from vmferry.vmstate.declare import vmstate_of
-from vmferry.vmstate.describe import Json, declared
+from vmferry.vmstate.description import Json, declared
 
 from .read import MACHINE, WRITER
 
