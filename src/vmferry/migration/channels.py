@@ -1,8 +1,7 @@
-"""The receiving end of multifd channels: each read by a thread of its own."""
+"""The receiving end of a multifd channel."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -24,11 +23,10 @@ _DECOMPRESSORS: Mapping[Method, Callable[[], Decompressor]] = {
 
 
 class PageChannel:
-    """One multifd channel of a destination.
+    """One multifd channel of a destination; *head* is what was read from it already.
 
     *prepare* is called before the first packet is read and returns when guest memory is known.
-    Runs until the peer closes it, it is shut down, or something is wrong with it; then *failed* is
-    called with the error, in the channel's thread.  *received* is told how many bytes came.
+    *received* is told how many bytes came.
     """
 
     def __init__(
@@ -39,7 +37,6 @@ class PageChannel:
         barrier: SyncBarrier,
         prepare: Callable[[MultifdReader], None],
         store: Callable[[RamPages], None],
-        failed: Callable[[BaseException], None],
         received: Callable[[int], None],
     ) -> None:
         self._channel = channel
@@ -47,34 +44,20 @@ class PageChannel:
         self._barrier = barrier
         self._prepare = prepare
         self._store = store
-        self._failed = failed
         self._received = received
         self._number = -1
         self._method = Method.NONE
         self._decompressor: Decompressor | None = None
         reader.buffer.room()[: len(head)] = head
         reader.buffer.received(len(head))
-        self._thread = threading.Thread(target=self._run, name="multifd", daemon=True)
-        self._thread.start()
 
     @property
     def method(self) -> Method:
         """How pages came compressed; NONE until some did."""
         return self._method
 
-    def stop(self) -> None:
-        """End the channel whatever it does, and wait for its thread."""
-        self._channel.shutdown()
-        self._thread.join()
-        self._channel.close()
-
-    def _run(self) -> None:
-        try:
-            self._receive()
-        except Exception as error:  # noqa: BLE001 - handed to the thread that reports it
-            self._failed(error)
-
-    def _receive(self) -> None:
+    def run(self) -> None:
+        """Receive until the peer closes the channel, or the migration was broken off."""
         buffer = self._reader.buffer
         self._received(len(buffer))
         while True:
@@ -84,6 +67,7 @@ class PageChannel:
                 elif not self._take(event):
                     return
             if buffer.ended:
+                self._barrier.leave(self._number)
                 return
             count = self._channel.recv_into(buffer.room())
             buffer.received(count)
@@ -97,13 +81,18 @@ class PageChannel:
                 "each multifd channel once",
                 f"channel {hello.channel} again",
                 channel=self._reader.channel,
+                offset=0,
             )
         self._prepare(self._reader)
 
     def _take(self, packet: Packet) -> bool:
         """Store a packet's pages and synchronise; false where there is no more to do."""
         if packet.block is not None:
-            self._store_pages(packet, packet.block)
+            try:
+                self._barrier.begin(self._number)
+                self._store_pages(packet, packet.block)
+            except StreamError as error:
+                raise error.within(channel=self._reader.channel, offset=packet.offset) from None
         return not packet.sync or self._barrier.deliver(self._number)
 
     def _store_pages(self, packet: Packet, block: RamBlock) -> None:
@@ -124,14 +113,7 @@ class PageChannel:
             self._method = packet.method
             self._decompressor = _DECOMPRESSORS[packet.method]()
         if packet.method != self._method:
-            raise StreamError(
-                f"compression {self._method.name.lower()} as before",
-                packet.method.name.lower(),
-                channel=self._reader.channel,
-                offset=packet.offset,
-            )
-        try:
-            size = len(packet.normal) * self._reader.page_size
-            return self._decompressor.expand(packet.payload, size)
-        except StreamError as error:
-            raise error.within(channel=self._reader.channel, offset=packet.offset) from None
+            expected = f"compression {self._method.name.lower()} as before"
+            raise StreamError(expected, packet.method.name.lower())
+        size = len(packet.normal) * self._reader.page_size
+        return self._decompressor.expand(packet.payload, size)

@@ -1,34 +1,53 @@
 """The connections of one incoming migration: telling them apart, keeping them in step, ending them.
 
 The main channel starts with the stream's magic, a multifd channel with its own (QEMU 8.0 decides in
-the same way; 7.2 relies on the order of connections).
+the same way; 7.2 relies on the order of connections).  Each connection has a thread of its own from
+the first byte on, so none that is silent or slow holds up what another one says.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
-from vmferry.errors import ChannelClosed, PeerError, StreamError, TransportError
+from vmferry.errors import (
+    ChannelClosed,
+    LimitExceeded,
+    PeerError,
+    StreamError,
+    TransportError,
+    printable,
+)
 from vmferry.transports import Channel, Listener
+from vmferry.units import format_duration
 from vmferry.wire.multifd import MAGIC, Method, MultifdReader
 from vmferry.wire.ram import RamBlock, RamPages
 
 from .barrier import SyncBarrier
 from .channels import PageChannel
 
-_PREEMPT_SILENCE = 1.0
+_PREEMPT_SILENCE: Final = 1.0
 """Seconds after which a connection that says nothing is taken for a preempt channel, which says
 nothing while the source is in precopy."""
+
+_LOOK: Final = 0.02
+"""Seconds between two looks for connections while one has not yet said what it is."""
+
+_MOST: Final = 257
+"""Connections of one migration: 255 multifd channels, the main channel and a preempt channel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
     """How long a peer may stay silent, in seconds; ``None`` is for ever.
 
-    ``connect`` for the first connection, ``first`` for the first bytes of a connection, ``idle``
-    between two reads after that: longer than the source may sit at ``pre-switchover``.
+    ``connect`` for the first connection.  ``first`` from a connection to its first four bytes, and
+    from the first connection to the main channel's.  ``idle`` between two reads after that: longer
+    than the source may sit at ``pre-switchover``.  It also bounds how long an answer to the source
+    may stand still, and the wait for a multifd channel while none of them says anything.
     """
 
     connect: float | None = None
@@ -39,9 +58,9 @@ class Deadlines:
 class Connections:
     """Everything that the source has connected.
 
-    The first failure of any channel is kept in :attr:`failure` and breaks all the others.  *store*
-    takes the pages of multifd channels, *refuse* tells the source of a failure, *received* is told
-    how many bytes came through a multifd channel.
+    The first failure of any channel but the main one is kept in :attr:`failure` and breaks all the
+    others.  *store* takes the pages of multifd channels, *refuse* tells the source of a failure and
+    ends the main channel soon, *received* is told how many bytes came through a multifd channel.
     """
 
     def __init__(
@@ -57,14 +76,18 @@ class Connections:
         self._store = store
         self._refuse = refuse
         self._received = received
-        self._main: Channel | None = None
-        self._pages: list[PageChannel] = []
-        self._aside: list[Channel] = []
         self._barrier = SyncBarrier()
         self._blocks: dict[str, RamBlock] = {}
         self._page_size = 0
         self._ram_known = threading.Event()
-        self._lock = threading.Lock()
+        # Guards what is below, and tells of its changes.
+        self._changed = threading.Condition()
+        self._channels: list[Channel] = []
+        self._threads: list[threading.Thread] = []
+        self._unknown: set[Channel] = set()
+        self._preempt: set[Channel] = set()
+        self._main: tuple[Channel, bytes] | None = None
+        self._pages: list[PageChannel] = []
         self._settled = False
         self.failure: BaseException | None = None
 
@@ -74,23 +97,29 @@ class Connections:
         return self._listener.address
 
     @property
+    def multifd(self) -> bool:
+        """Whether there are multifd channels."""
+        return bool(self._pages)
+
+    @property
     def methods(self) -> frozenset[Method]:
         """How the multifd channels compress; empty without multifd."""
         return frozenset(channel.method for channel in self._pages)
 
     def accept_main(self) -> tuple[Channel, bytes]:
         """Wait for the main channel; returns it and the bytes read from it already."""
+        self._accept(self._deadlines.connect)
         while True:
-            channel = self._listener.accept(self._deadlines.connect)
-            if channel is None:
-                raise TransportError(f"{self._listener.address}: there will be no main channel")
-            self._keep(channel)
-            head = read_magic(channel, self._deadlines.first)
-            if head != MAGIC:
-                # What is no stream at all is refused by the reader, in its own words.
-                self._main = channel
-                return channel, head
-            self._add_pages(channel, head)
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self.failure or self._main or not self._unknown, _LOOK
+                )
+                all_known = not self._unknown
+            self.check()
+            if self._main is not None:
+                return self._main
+            if all_known or self._listener.pending():
+                self._accept(self._deadlines.first)
 
     def announce_ram(self, blocks: dict[str, RamBlock], page_size: int) -> None:
         """Guest memory is known: channels may read packets."""
@@ -105,96 +134,148 @@ class Connections:
         """
         # All channels have connected before the source writes its first synchronisation.
         while self._listener.pending():
-            channel = self._listener.accept(0)
-            if channel is None:
-                break
             if self._barrier.released > 1:
-                channel.close()
                 raise PeerError("a connection came after multifd had begun, too late to take part")
-            self._adopt(channel, preempt=preempt)
+            self._accept(0)
+        self._learn(preempt=preempt)
         self._barrier.main(self._deadlines.idle)
+        self.check()
+
+    def check(self) -> None:
+        """Raise the failure, if there is one."""
         if self.failure is not None:
             raise self.failure
-
-    def _keep(self, channel: Channel) -> None:
-        """Remember a channel; either this sees a failure, or whoever failed sees the channel."""
-        self._aside.append(channel)
-        if self.failure is not None:
-            raise self.failure
-
-    def _adopt(self, channel: Channel, *, preempt: bool) -> None:
-        self._keep(channel)
-        try:
-            head = read_magic(channel, _PREEMPT_SILENCE if preempt else self._deadlines.first)
-        except TransportError:
-            if preempt:
-                return
-            raise
-        if head != MAGIC:
-            expected = f"a multifd channel with magic {MAGIC.hex()}"
-            raise StreamError(expected, head.hex() or "its end", channel=channel.name, offset=0)
-        self._add_pages(channel, head)
-
-    def _add_pages(self, channel: Channel, head: bytes) -> None:
-        self._barrier.expect()
-        reader = MultifdReader(self._blocks)
-        self._pages.append(
-            PageChannel(
-                channel,
-                head,
-                reader,
-                self._barrier,
-                self._prepare,
-                self._store,
-                self._fail,
-                self._received,
-            )
-        )
-
-    def _prepare(self, reader: MultifdReader) -> None:
-        self._ram_known.wait()
-        reader.page_size = self._page_size
 
     def settle(self) -> None:
         """Everything has come: a failure until now counts, raised here, and no later one does."""
-        with self._lock:
-            if self.failure is not None:
-                raise self.failure
+        self._barrier.finish()
+        with self._changed:
+            self.check()
             self._settled = True
 
     def cancel(self) -> None:
         """Break everything off, from any thread; without effect once settled."""
         self._fail(ChannelClosed("the migration was cancelled on this side"))
-        if not self._settled:
-            self._listener.shutdown()
-
-    def _fail(self, error: BaseException) -> None:
-        """Something failed: tell the source, and wake whoever waits for a channel."""
-        with self._lock:
-            if self.failure is not None or self._settled:
-                return
-            self.failure = error
-        self._barrier.break_off()
-        self._refuse()
-        for channel in list(self._aside):
-            channel.shutdown()
 
     def close(self) -> None:
         """End everything, and wait for the threads."""
+        with self._changed:
+            self._settled = True
         self._barrier.break_off()
         self._ram_known.set()
-        for pages in self._pages:
-            pages.stop()
-        for channel in self._aside:
+        for channel in self._channels:
+            channel.shutdown()
+        for thread in self._threads:
+            thread.join()
+        for channel in self._channels:
             channel.close()
+
+    def _accept(self, timeout: float | None) -> None:
+        channel = self._listener.accept(timeout)
+        if channel is None:
+            raise TransportError(f"{self._listener.address}: there will be no main channel")
+        with self._changed:
+            # Either this sees a failure, or whoever failed sees the channel.
+            self._channels.append(channel)
+            self.check()
+            if len(self._channels) > _MOST:
+                raise LimitExceeded(f"at most {_MOST} connections", "more")
+            self._unknown.add(channel)
+        thread = threading.Thread(target=self._serve, args=(channel,), name="peer", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _learn(self, *, preempt: bool) -> None:
+        """Wait until every connection has said what it is; each has a deadline for that."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.failure or not self._unknown, _PREEMPT_SILENCE if preempt else None
+            )
+            self.check()
+            self._preempt |= self._unknown
+            self._unknown.clear()
+            if len(self._preempt) > 1:
+                raise PeerError("more than one connection stays silent; one may be for preemption")
+
+    # In the thread of a connection
+
+    def _serve(self, channel: Channel) -> None:
+        try:
+            head = read_magic(channel, self._deadlines.first)
+            pages = self._identify(channel, head)
+            if pages is not None:
+                pages.run()
+        except Exception as error:  # noqa: BLE001 - handed to the thread that reports it
+            if channel not in self._preempt:
+                self._fail(error)
+
+    def _identify(self, channel: Channel, head: bytes) -> PageChannel | None:
+        """What a connection is by its first bytes: its reader, or ``None`` for the main channel."""
+        with self._changed:
+            self._unknown.discard(channel)
+            self._changed.notify_all()
+            if channel in self._preempt:
+                return None
+            if head == MAGIC:
+                return self._add_pages(channel, head)
+            if self._main is None:
+                # What is no stream at all is refused by the reader, in its own words.
+                self._main = channel, head
+                return None
+        expected = f"a multifd channel with magic {MAGIC.hex()}"
+        raise StreamError(expected, head.hex() or "its end", channel=channel.name, offset=0)
+
+    def _add_pages(self, channel: Channel, head: bytes) -> PageChannel:
+        self._barrier.expect()
+        reader = MultifdReader(self._blocks)
+        pages = PageChannel(
+            channel, head, reader, self._barrier, self._prepare, self._store, self._heard
+        )
+        self._pages.append(pages)
+        return pages
+
+    def _prepare(self, reader: MultifdReader) -> None:
+        self._ram_known.wait()
+        if not self._page_size:
+            raise ChannelClosed("the migration ended before guest memory was known")
+        reader.page_size = self._page_size
+
+    def _heard(self, count: int) -> None:
+        self._barrier.heard()
+        self._received(count)
+
+    def _fail(self, error: BaseException) -> None:
+        """Something failed: tell the source, and wake whoever waits for a channel."""
+        with self._changed:
+            if self.failure is not None or self._settled:
+                return
+            self.failure = error
+            self._changed.notify_all()
+            main = self._main[0] if self._main else None
+            others = [channel for channel in self._channels if channel is not main]
+        self._barrier.break_off()
+        self._ram_known.set()
+        for channel in others:
+            channel.shutdown()
+        if main is None:
+            self._listener.shutdown()
+        self._refuse()
 
 
 def read_magic(channel: Channel, timeout: float | None) -> bytes:
-    """The first four bytes of a connection, or fewer where it was closed before."""
+    """The first four bytes of a connection, or fewer where it was closed before.
+
+    Waits at most *timeout* seconds for all of them.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
     head = bytearray(4)
     have = 0
     while have < 4:
-        count = channel.recv_into(memoryview(head)[have:], timeout)
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            patience = format_duration(timeout or 0.0)
+            raise TransportError(f"{printable(channel.name)}: {have} bytes in {patience}, not 4")
+        count = channel.recv_into(memoryview(head)[have:], left)
         if count == 0:
             break
         have += count

@@ -6,9 +6,8 @@ migration succeeded only after the sink has committed; until then the machine is
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -35,17 +34,19 @@ from vmferry.wire.machine import machine_version
 from vmferry.wire.multifd import Method
 from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush, RamPages
 from vmferry.wire.reader import StreamReader, Tolerate
-from vmferry.wire.return_path import Message, Pong, Shut, SwitchoverAck
-from vmferry.wire.sections import SectionEnd, SectionPart
+from vmferry.wire.return_path import Pong, SwitchoverAck
+from vmferry.wire.sections import Header, SectionEnd, SectionPart
 
+from .answers import Answers
+from .claims import PageClaims
 from .connections import Connections, Deadlines
 from .progress import Meter
 from .sink import Sink
 
-_SILENCE = 1.0
+_SILENCE: Final = 1.0
 """Seconds after which a source that waits for an answer has nothing more to send."""
 
-_POSTCOPY = (Package, RamDiscard, PostcopyResume, ReceivedBitmap)
+_POSTCOPY: Final = (Package, RamDiscard, PostcopyResume, ReceivedBitmap)
 
 
 class Destination:
@@ -74,16 +75,15 @@ class Destination:
         self._meter = meter or Meter()
         self._deadlines = deadlines or Deadlines()
         self._reader = StreamReader(max_ram=max_ram, page_size=page_size, tolerate=tolerate)
+        self._answers = Answers(self._deadlines.idle)
         self._connections = Connections(
-            listener, self._deadlines, self._store, self._refuse, self._moved
+            listener, self._deadlines, self._store, self._answers.refuse, self._moved
         )
         self._switchover_ack = switchover_ack
-        self._main: Channel | None = None
-        self._answering = threading.Lock()
-        self._answered = False
+        self._claims = PageClaims()
         self._features: set[str] = set()
         self._flushes = False
-        self._described_machine = False
+        self._has_machine = False
         self._iterating = False
         self._block_order: dict[str, int] = {}
         self._last_page = (-1, 0)
@@ -101,41 +101,67 @@ class Destination:
         self._connections.cancel()
 
     def run(self) -> None:
-        """Receive everything, commit it, and tell the source."""
+        """Receive everything, commit it, and tell the source.  For one migration only.
+
+        Raises what went wrong first.  When it returns or raises, every channel is closed and every
+        thread has ended; the listener belongs to the caller.
+        """
+        try:
+            self._run()
+        except BaseException:
+            self._meter.phase("failed")
+            raise
+        self._meter.phase("completed")
+
+    def _run(self) -> None:
         try:
             self._receive()
             self._connections.settle()
             self._meter.phase("storing")
             self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
-            self._answer(Shut(0))
-            self._meter.phase("completed")
+            self._answers.confirm()
         except BaseException as error:
             # What broke first broke the rest: a source that is refused closes its connections.
             first = self._connections.failure
-            self._refuse()
-            self._meter.phase("failed")
+            self._answers.refuse()
+            self._answers.await_farewell()
             if first is not None and first is not error and isinstance(error, VmferryError):
                 raise first from None
             raise
         finally:
+            self._answers.close()
             self._connections.close()
 
     def _receive(self) -> None:
         reader = self._reader
-        self._main, head = self._connections.accept_main()
-        self._main.name = reader.channel
+        main, head = self._connections.accept_main()
+        main.name = reader.channel
+        self._answers.attach(main)
         self._meter.start()
         reader.buffer.room()[: len(head)] = head
         reader.buffer.received(len(head))
         self._moved(len(head))
         while True:
-            for event in reader.events():
-                self._handle(event)
+            # Either this sees a failure, or whoever failed sees the channel and ends it.
+            self._connections.check()
+            self._take_events()
             if reader.finished:
-                return self._check_end()
-            count = self._more(self._main)
+                return self._check_end(main)
+            count = self._more(main)
             reader.buffer.received(count)
             self._moved(count)
+
+    def _take_events(self) -> None:
+        reader = self._reader
+        for event in reader.events():
+            if not self._has_machine and not isinstance(event, Header):
+                self._has_machine = True
+                configuration = event if isinstance(event, Configuration) else None
+                self._sink.configuration(configuration, reader.page_size)
+            try:
+                self._handle(event)
+            except StreamError as error:
+                raise error.within(channel=reader.channel, offset=reader.buffer.offset) from None
 
     def _more(self, main: Channel) -> int:
         """Wait for more of the stream; how many bytes came."""
@@ -150,11 +176,11 @@ class Destination:
         except TransportError:
             raise suspicion from None
 
-    def _check_end(self) -> None:
+    def _check_end(self, main: Channel) -> None:
         """A stream ends where its bytes do: what looks like its end before that is made to."""
-        reader, main = self._reader, self._main
+        reader = self._reader
         extra = len(reader.buffer)
-        if main is not None and not extra and not reader.return_path and not reader.buffer.ended:
+        if not extra and not reader.return_path and not reader.buffer.ended:
             # Without a way back a source closes its end at once.
             with suppress(TransportError):
                 extra = main.recv_into(reader.buffer.room(), _SILENCE)
@@ -176,15 +202,18 @@ class Destination:
             case RamPages():
                 self._note_round(event)
                 self._store(event)
-            case Configuration() | Command() | RamBlocks():
-                self._prepare(event)
+            case Configuration():
+                self._features.update(event.capabilities)
+                if event.uuid is not None:
+                    self._features.add("validate-uuid")
+            case Command():
+                self._command(event)
+            case RamBlocks():
+                self._prepare_memory(event)
             case SectionPart() | SectionEnd():
                 self._iterating = True
-            case RamFlush():
-                self._flushes = True
-                self._synchronise()
-            case RamEnd() if not self._flushes:
-                self._synchronise()
+            case RamFlush() | RamEnd():
+                self._synchronise(is_flush=isinstance(event, RamFlush))
             case DiskChunk():
                 self._features.add("block")
                 self._sink.disk_chunk(event)
@@ -196,34 +225,28 @@ class Destination:
             case VmDescription():
                 self._sink.description(event)
 
-    def _prepare(self, event: Configuration | Command | RamBlocks) -> None:
-        """What stands before the machine's memory and state."""
-        match event:
-            case Configuration():
-                self._described_machine = True
-                self._features.update(event.capabilities)
-                if event.uuid is not None:
-                    self._features.add("validate-uuid")
-                self._sink.configuration(event, self._reader.page_size)
-            case Command():
-                self._command(event)
-            case RamBlocks():
-                if not self._described_machine:
-                    self._sink.configuration(None, self._reader.page_size)
-                self._sink.ram_blocks(event)
-                blocks = {block.name: block for block in event.blocks}
-                self._block_order = {name: order for order, name in enumerate(blocks)}
-                self._connections.announce_ram(blocks, self._reader.page_size)
-                self._meter.active(event.total, self._reader.page_size)
+    # Guest memory
+
+    def _prepare_memory(self, event: RamBlocks) -> None:
+        page_size = self._reader.page_size
+        self._sink.ram_blocks(event)
+        self._block_order = {block.name: order for order, block in enumerate(event.blocks)}
+        self._claims.announce(event.blocks, page_size)
+        self._connections.announce_ram({block.name: block for block in event.blocks}, page_size)
+        self._meter.active(event.total, page_size)
 
     def _store(self, batch: RamPages) -> None:
         """Hand pages on; called by the thread of every channel."""
-        self._sink.pages(batch)
+        if self._connections.multifd:
+            with self._claims.held(batch):
+                self._sink.pages(batch)
+        else:
+            self._sink.pages(batch)
         words = batch.rows["word"]
         flags = int(np.bitwise_or.reduce(words)) & (batch.page_size - 1)
         zero = int(np.count_nonzero(words & np.uint64(ZERO))) if flags & ZERO else 0
         for flag, feature in ((XBZRLE, "xbzrle"), (COMPRESS, "compress")):
-            if flags & flag:
+            if flags & flag:  # on the main channel only
                 self._features.add(feature)
         self._meter.count(normal=len(words) - zero, zero=zero)
 
@@ -235,8 +258,14 @@ class Destination:
             self._meter.next_round()
         self._last_page = (order, int(words[-1]))
 
-    def _synchronise(self) -> None:
+    def _synchronise(self, *, is_flush: bool) -> None:
+        """Wait for the multifd channels, at each flush or, where there are none, each end."""
+        if self._flushes and not is_flush:
+            return
+        self._flushes = is_flush
         self._connections.synchronise(preempt="postcopy-ram" in self._features)
+        if is_flush and not self._connections.multifd:
+            raise StreamError("multifd channels, as there is a flush of them", "none")
 
     # Commands, and answers
 
@@ -247,7 +276,7 @@ class Destination:
             case Ping():
                 if not self._reader.return_path:
                     raise PeerError("the source sent a ping but has opened no return path")
-                self._answer(Pong(command.value))
+                self._answers.say(Pong(command.value))
             case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps
                 self._features.add("postcopy-ram")
             case EnableColo():
@@ -259,14 +288,10 @@ class Destination:
                 )
 
     def _open_return_path(self) -> None:
-        if self._main is None or not self._main.duplex:
-            raise PeerError(
-                "the source wants a return path, which this transport cannot carry:"
-                " use tcp: or unix:, or turn return-path off"
-            )
+        self._answers.open()
         self._features.add("return-path")
         if self._acknowledges():
-            self._answer(SwitchoverAck())
+            self._answers.say(SwitchoverAck())
 
     def _acknowledges(self) -> bool:
         if self._switchover_ack is not None:
@@ -274,19 +299,6 @@ class Destination:
         configuration = self._reader.configuration
         version = machine_version(configuration.machine) if configuration else None
         return version is not None and version >= (8, 1)
-
-    def _answer(self, message: Message) -> None:
-        with self._answering:
-            if self._main is None or not self._reader.return_path or self._answered:
-                return
-            # The source hears one verdict and nothing behind it.
-            self._answered = isinstance(message, Shut)
-            self._main.send([message.encode()])
-
-    def _refuse(self) -> None:
-        """Tell the source that it keeps its machine, as far as it still listens."""
-        with suppress(VmferryError):  # the connection may be what broke
-            self._answer(Shut(1))
 
     def _all_features(self) -> frozenset[str]:
         methods = self._connections.methods
