@@ -17,7 +17,15 @@ from typing import TypeVar
 
 import pytest
 
-from vmferry.transports import Channel, RateLimit, connect, limited, listen, memory_pair
+from vmferry.transports import (
+    Channel,
+    RateLimit,
+    ReadAhead,
+    connect,
+    limited,
+    listen,
+    memory_pair,
+)
 
 T = TypeVar("T")
 Pair = tuple[Channel, Channel]
@@ -170,6 +178,12 @@ def limited_memory(_path: Path) -> Iterator[Pair]:
 
 
 @contextlib.contextmanager
+def unix_read_ahead(path: Path) -> Iterator[Pair]:
+    with unix(path) as (sender, receiver), ReadAhead(receiver) as ahead:
+        yield sender, ahead
+
+
+@contextlib.contextmanager
 def fd_pipe(_path: Path) -> Iterator[Pair]:
     readable, writable = os.pipe()
     with (
@@ -178,6 +192,12 @@ def fd_pipe(_path: Path) -> Iterator[Pair]:
         accepted(listener.accept()) as receiver,
     ):
         yield sender, receiver
+
+
+@contextlib.contextmanager
+def pipe_read_ahead(path: Path) -> Iterator[Pair]:
+    with fd_pipe(path) as (sender, receiver), ReadAhead(receiver) as ahead:
+        yield sender, ahead
 
 
 @contextlib.contextmanager
@@ -220,5 +240,5 @@ def stdio(_path: Path) -> Iterator[Pair]:
         process.wait()
 
 
-DUPLEX = [tcp4, tcp6, unix, fd_socket, memory, limited_memory]
-ONE_WAY = [fd_pipe, exec_sender, exec_receiver, stdio]
+DUPLEX = [tcp4, tcp6, unix, fd_socket, memory, limited_memory, unix_read_ahead]
+ONE_WAY = [fd_pipe, pipe_read_ahead, exec_sender, exec_receiver, stdio]

@@ -12,6 +12,7 @@ from .base import Buffer, Channel, Listener
 from .endpoints import connect, listen
 from .memory import memory_pair
 from .ratelimit import Clock, RateLimit, limited
+from .readahead import ReadAhead
 from .uri import Address, parse
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Clock",
     "Listener",
     "RateLimit",
+    "ReadAhead",
     "connect",
     "limited",
     "listen",

@@ -18,6 +18,7 @@ from vmferry.errors import ChannelClosed, UsageError
 
 from .base import Buffer, Channel
 from .gather import Gather
+from .wrapped import WrappedChannel
 
 _CATCH_UP: Final = 0.040
 """Seconds of unused time that a sender may make up for, so that a late wake-up costs nothing."""
@@ -103,26 +104,12 @@ class RateLimit:
             self._changed.notify_all()
 
 
-class LimitedChannel(Channel):
+class LimitedChannel(WrappedChannel):
     """A channel whose sending keeps to a limit; created by :func:`limited`."""
 
     def __init__(self, channel: Channel, limit: RateLimit) -> None:
-        self._channel = channel
+        super().__init__(channel)
         self._limit = limit
-        self.duplex = channel.duplex
-
-    @property
-    def name(self) -> str:
-        """The name of the channel within, whose errors show it."""
-        return self._channel.name
-
-    @name.setter
-    def name(self, name: str) -> None:
-        self._channel.name = name
-
-    def recv_into(self, buffer: memoryview, timeout: float | None = None) -> int:
-        """See :meth:`Channel.recv_into`."""
-        return self._channel.recv_into(buffer, timeout)
 
     def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
         """See :meth:`Channel.send`; goes out in portions of 5 ms."""
@@ -130,22 +117,6 @@ class LimitedChannel(Channel):
         while gather.left:
             self._channel.send(gather.window(self._limit.take_some(gather.left)), timeout)
             gather.sent(gather.window_size)
-
-    def end_of_data(self) -> None:
-        """See :meth:`Channel.end_of_data`."""
-        self._channel.end_of_data()
-
-    def unsent(self) -> int:
-        """See :meth:`Channel.unsent`."""
-        return self._channel.unsent()
-
-    def shutdown(self) -> None:
-        """See :meth:`Channel.shutdown`; a thread that waits for its portion learns it then."""
-        self._channel.shutdown()
-
-    def close(self) -> None:
-        """See :meth:`Channel.close`."""
-        self._channel.close()
 
 
 def limited(channel: Channel, limit: RateLimit) -> Channel:
