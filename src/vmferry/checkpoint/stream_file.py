@@ -19,6 +19,7 @@ from vmferry.wire.description import VmDescription
 from vmferry.wire.devices import DeviceRegion, DeviceSection, split_by_footers
 from vmferry.wire.disk import DiskChunk, DiskEnd
 from vmferry.wire.foreign import ForeignPiece
+from vmferry.wire.framed import Frame
 from vmferry.wire.layout import DISK_CHUNK_SIZE
 from vmferry.wire.ram import RamBlocks, RamEnd, RamPages
 from vmferry.wire.reader import StreamReader, Tolerate
@@ -67,7 +68,10 @@ class _Surveyor:
     def __init__(self, source: str, *, max_ram: int | None, page_size: int | None) -> None:
         self.survey = Survey(source)
         self._reader = StreamReader(
-            max_ram=max_ram, page_size=page_size, tolerate=Tolerate.NO_RAM | Tolerate.NO_END
+            max_ram=max_ram,
+            page_size=page_size,
+            tolerate=Tolerate.NO_RAM | Tolerate.NO_END,
+            framed=True,
         )
         self._tallies: dict[str, BlockTally] = {}
         self._features: set[str] = set()
@@ -111,7 +115,7 @@ class _Surveyor:
                 self._tallies[event.block.name].add(event)
             case SectionStart() | SectionPart() | SectionEnd():
                 self._begin(event)
-            case SectionFooter() | RamEnd() | DiskEnd() | BitmapsEnd() | ForeignPiece():
+            case SectionFooter() | RamEnd() | DiskEnd() | BitmapsEnd() | ForeignPiece() | Frame():
                 self._close()
             case DiskChunk() | BitmapRecord():
                 self._take_disk(event)

@@ -34,6 +34,12 @@ JSON_TOKENS: Final = 1_000_000
 RAM_BLOCKS: Final = 4096
 """RAM blocks of one machine; a machine with 256 memory slots and 30 adapters has some 400."""
 
+ITERABLES: Final = 1024
+"""Iterable sections of one stream; QEMU has at most five, a machine in Python one for a device."""
+
+FRAME: Final = 1 << 20
+"""Bytes in one piece of an iterable section of a machine in Python."""
+
 DISKS: Final = 1024
 """Disks in one `block` section."""
 

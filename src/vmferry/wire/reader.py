@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any, Final
 
-from vmferry.errors import StreamError, UsageError, printable
+from vmferry.errors import LimitExceeded, StreamError, UsageError, printable
 
-from . import foreign
+from . import foreign, limits
 from .bitmap import BitmapReader
 from .buffer import ChannelReader, Cursor, Parse, within
 from .commands import (
@@ -36,6 +36,7 @@ from .configuration import Configuration, parse_configuration
 from .description import VmDescription
 from .devices import EarlyFinder, TailFinder
 from .disk import DiskReader
+from .framed import FrameReader, begins_frame
 from .layout import BITMAP_SECTION, DISK_SECTION, IGNORE_SHARED, MAPPED_RAM, RAM_SECTION, Kind
 from .machine import target_page_size
 from .ram import RamReader
@@ -90,6 +91,8 @@ class StreamReader(ChannelReader[Event]):
     """Reads one migration stream.
 
     ``page_size`` is the target page in bytes where neither the stream nor the machine's name tells.
+    ``framed`` says that the caller takes iterable sections that machines in Python have of their
+    own (:mod:`.framed`), which are refused otherwise.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class StreamReader(ChannelReader[Event]):
         max_ram: int | None = None,
         page_size: int | None = None,
         tolerate: Tolerate = Tolerate.NOTHING,
+        framed: bool = False,
     ) -> None:
         super().__init__(channel)
         if page_size is not None and (
@@ -113,10 +117,11 @@ class StreamReader(ChannelReader[Event]):
         self._max_ram = physical_memory() if max_ram is None else max_ram
         self._page_size = page_size
         self._tolerate = tolerate
+        self._framed = framed
         self._advised: PostcopyAdvise | None = None
         self._ram: RamReader | None = None
         self._sections: dict[int, _Iterable] = {}
-        self._early_devices = 0
+        self._described_before = 0
         self._tail: TailFinder | None = None
 
     @property
@@ -181,6 +186,27 @@ class StreamReader(ChannelReader[Event]):
         offset = self.buffer.offset
         self.buffer.advance(1)
         head = yield from parse_start(self._at)
+        if head.name in VERSIONS or not (self._framed and (yield from begins_frame(self._at))):
+            self._check_known(head, offset)
+        else:
+            self._described_before += 1
+        identity = (head.name, head.instance)
+        if any((s.head.name, s.head.instance) == identity for s in self._sections.values()):
+            raise self._at.fail(f"one section {head.name}", "a second one", offset=offset)
+        if head.number in self._sections:
+            raise self._at.fail(
+                "a section number not in use", f"number {head.number} again", offset=offset
+            )
+        if len(self._sections) == limits.ITERABLES:
+            raise LimitExceeded(
+                f"at most {limits.ITERABLES} iterable sections", "more", offset=offset
+            )
+        section = _Iterable(head, *self._bodies(head.name))
+        self._sections[head.number] = section
+        yield head
+        yield from self._body(section, section.body)
+
+    def _check_known(self, head: SectionStart, offset: int) -> None:
         wanted = VERSIONS.get(head.name)
         if wanted is None:
             raise self._at.fail(
@@ -197,16 +223,6 @@ class StreamReader(ChannelReader[Event]):
             raise self._at.fail(
                 f"instance 0 of section {head.name}", str(head.instance), offset=offset
             )
-        if any(known.head.name == head.name for known in self._sections.values()):
-            raise self._at.fail(f"one section {head.name}", "a second one", offset=offset)
-        if head.number in self._sections:
-            raise self._at.fail(
-                "a section number not in use", f"number {head.number} again", offset=offset
-            )
-        section = _Iterable(head, *self._bodies(head.name))
-        self._sections[head.number] = section
-        yield head
-        yield from self._body(section, section.body)
 
     def _bodies(self, name: str) -> tuple[Body, Body]:
         if name == RAM_SECTION:
@@ -225,7 +241,9 @@ class StreamReader(ChannelReader[Event]):
             return (body := BitmapReader().body), body
         if name == foreign.S390_ATTRIBUTES:
             return foreign.storage_attributes, foreign.storage_attributes
-        return foreign.hash_table_start, foreign.hash_table
+        if name == foreign.SPAPR_HTAB:
+            return foreign.hash_table_start, foreign.hash_table
+        return (body := FrameReader().body), body
 
     def _continue(self, kind: int) -> Parse[None]:
         offset = self.buffer.offset
@@ -345,7 +363,7 @@ class StreamReader(ChannelReader[Event]):
             if section is None:
                 yield None
         self.buffer.advance(section.size)
-        self._early_devices += 1
+        self._described_before += 1
         yield section
 
     def _devices(self) -> Parse[None]:
@@ -367,7 +385,7 @@ class StreamReader(ChannelReader[Event]):
     def _tail_finder(self) -> TailFinder:
         # Footers and the configuration came with the same machine types.
         footers = self.configuration is not None if self.footers is None else self.footers
-        return TailFinder(footers=footers, offset=self.buffer.offset, early=self._early_devices)
+        return TailFinder(footers=footers, offset=self.buffer.offset, early=self._described_before)
 
     def _describe(self, description: VmDescription, size: int) -> Parse[None]:
         self._check_page_size(description.page_size, self.buffer.offset)
