@@ -13,8 +13,10 @@ from .errors import (
     ChannelClosed,
     CheckpointDamaged,
     CheckpointIncomplete,
+    DeclarationError,
     LimitExceeded,
     PeerError,
+    StateError,
     StorageError,
     StreamError,
     TransportError,
@@ -29,7 +31,11 @@ if TYPE_CHECKING:
     from .checkpoint.survey import Survey
     from .checkpoint.transfer import receive, send
     from .migration.connections import Deadlines
+    from .migration.handlers import Iterative, PieceReader, PieceWriter
     from .migration.progress import Progress
+    from .migration.registry import Registry
+    from .migration.saving import Machine
+    from .migration.snapshot import load, save
     from .migration.source import SendOptions
     from .wire.multifd import Method
     from .wire.reader import Tolerate
@@ -39,13 +45,20 @@ __version__ = "0.1.0"
 _LAZY = {
     "Checkpoint": "checkpoint.checkpoint",
     "Deadlines": "migration.connections",
+    "Iterative": "migration.handlers",
+    "Machine": "migration.saving",
     "Method": "wire.multifd",
+    "PieceReader": "migration.handlers",
+    "PieceWriter": "migration.handlers",
     "Progress": "migration.progress",
+    "Registry": "migration.registry",
     "SendOptions": "migration.source",
     "Survey": "checkpoint.survey",
     "Tolerate": "wire.reader",
+    "load": "migration.snapshot",
     "open_stream": "checkpoint.stream_file",
     "receive": "checkpoint.transfer",
+    "save": "migration.snapshot",
     "send": "checkpoint.transfer",
 }
 
@@ -55,11 +68,18 @@ __all__ = [
     "CheckpointDamaged",
     "CheckpointIncomplete",
     "Deadlines",
+    "DeclarationError",
+    "Iterative",
     "LimitExceeded",
+    "Machine",
     "Method",
     "PeerError",
+    "PieceReader",
+    "PieceWriter",
     "Progress",
+    "Registry",
     "SendOptions",
+    "StateError",
     "StorageError",
     "StreamError",
     "Survey",
@@ -69,8 +89,10 @@ __all__ = [
     "UsageError",
     "VmferryError",
     "__version__",
+    "load",
     "open_stream",
     "receive",
+    "save",
     "send",
 ]
 

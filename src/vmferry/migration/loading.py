@@ -1,0 +1,238 @@
+"""A stream into a stopped machine: everything is decoded before anything is changed.
+
+The loading half of QEMU 7.2 ``migration/savevm.c``.  Where a device's state ends is what its own
+declaration says; what the stream's description says of it has to agree.  Unlike QEMU, which also
+takes half a machine, this refuses a stream that does not have the state of every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from vmferry.errors import StateError, StreamError, printable
+from vmferry.vmstate import Staged, stage
+from vmferry.vmstate.staging import run_hook
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.description import VmDescription
+from vmferry.wire.devices import DeviceRegion, DeviceSection
+from vmferry.wire.framed import Frame
+from vmferry.wire.sections import (
+    EndOfStream,
+    Header,
+    SectionEnd,
+    SectionFooter,
+    SectionPart,
+    SectionStart,
+)
+from vmferry.wire.split import read_head
+
+from .handlers import PieceReader
+from .registry import Device, Handler, Section
+from .saving import Machine, within
+
+S = TypeVar("S", bound=Section)
+
+Events = Iterator[tuple[Any, int]]
+"""What a reader makes of a stream, each with the offset behind it in the channel."""
+
+_PARTLY: Final = "the machine is loaded in part: do not run it"
+
+
+def load_stream(
+    machine: Machine, events: Callable[[], Events], *, may_lack: Collection[str] = ()
+) -> None:
+    """Load the stream that *events* gives, each time it is called, from the beginning.
+
+    It is read twice where the machine has iterative handlers: to see whether all of it fits, and
+    to load them.  The names in *may_lack* are those of sections that need not be there.  Raises
+    :class:`StreamError`, with the machine as it was unless it says otherwise.
+    """
+    check = _Check(machine)
+    for event, end in events():
+        check.take(event, end)
+    staged = check.finish(may_lack)
+    if check.handlers:
+        _load_handlers(check.handlers, events())
+    for section, state in staged:
+        with within(section), _partly():
+            state.commit()
+
+
+@dataclass(slots=True)
+class _Region:
+    """Device sections one behind the other; ``ends`` are the described ends of bodies."""
+
+    offset: int
+    footers: bool
+    data: bytearray = field(default_factory=bytearray)
+    ends: dict[int, int] = field(default_factory=dict)
+
+
+class _Check:
+    """Goes through a stream once, and changes nothing."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._configured = False
+        self._seen: set[Section] = set()
+        self._regions: list[_Region] = []
+        self.handlers: dict[int, Handler] = {}
+
+    def take(self, event: Any, end: int) -> None:
+        """Take note of one event, which ends at *end*."""
+        match event:
+            case Configuration():
+                self._configure(event, end)
+            case SectionStart():
+                offset = end - len(event.encode())
+                section = self._find(event, offset, Handler)
+                _check_version(section, event.version, offset)
+                self.handlers[event.number] = section
+            case DeviceSection() | DeviceRegion():
+                self._collect(event)
+            case Header() | SectionPart() | SectionEnd() | SectionFooter() | Frame():
+                pass
+            case EndOfStream() | VmDescription():
+                pass
+            case _:
+                raise StreamError(
+                    "the state of a machine at rest", type(event).__name__, offset=end
+                )
+
+    def finish(self, may_lack: Collection[str]) -> list[tuple[Device, Staged]]:
+        """Decode the devices; their states, to be committed in this order."""
+        if not self._configured:
+            raise StreamError(f"the name of the machine {self._machine.name}", "none")
+        staged = [state for region in self._regions for state in self._decode(region)]
+        registry = self._machine.registry
+        lacking = [
+            str(section)
+            for section in (*registry.handlers, *registry.devices)
+            if section not in self._seen and section.name not in may_lack
+        ]
+        if lacking:
+            raise StreamError(
+                "the state of every device",
+                f"nothing of {', '.join(lacking)}",
+                advice="allow by name those that may keep the state they have (may_lack)",
+            )
+        return staged
+
+    def _configure(self, found: Configuration, end: int) -> None:
+        self._configured = True
+        offset = end - len(found.encode())
+        if found.machine != self._machine.name:
+            raise StreamError(
+                f"a machine {printable(self._machine.name)}",
+                printable(found.machine),
+                offset=offset,
+            )
+        for what, value in (("capabilities", found.capabilities), ("uuid", found.uuid)):
+            if value:
+                raise StreamError(f"no {what} in the configuration", str(value), offset=offset)
+
+    def _collect(self, section: DeviceSection | DeviceRegion) -> None:
+        footers = isinstance(section, DeviceSection) and section.footer
+        region = self._regions[-1] if self._regions else None
+        if region is None or region.offset + len(region.data) != section.offset:
+            region = _Region(section.offset, footers)
+            self._regions.append(region)
+        if isinstance(section, DeviceSection) and section.described:
+            start = len(region.data) + len(section.head)
+            region.ends[start] = start + len(section.body)
+        region.data += section.encode()
+
+    def _decode(self, region: _Region) -> Iterator[tuple[Device, Staged]]:
+        raw = bytes(region.data)
+        at = 0
+        while at < len(raw):
+            head, start = read_head(raw, at, region.offset)
+            device = self._find(head, region.offset + at, Device)
+            end = region.ends.get(start)
+            with within(device, region.offset + start):
+                state = stage(device.device, memoryview(raw)[start:end], head.version)
+            at = start + state.size
+            with within(device, region.offset + at):
+                if end not in (None, at):
+                    raise StateError(
+                        f"the end of the state after {state.size} bytes",
+                        f"{end - at} more, as the stream describes it",
+                    )
+                footer = SectionFooter(head.number).encode() if region.footers else b""
+                if not raw.startswith(footer, at):
+                    found = raw[at : at + len(footer)].hex(" ")
+                    raise StateError(f"the footer {footer.hex(' ')} behind the state", found)
+            at += len(footer)
+            yield device, state
+
+    def _find(self, head: SectionStart, offset: int, kind: type[S]) -> S:
+        """What the machine has of *kind* under the section's name; each only once."""
+        registry = self._machine.registry
+        section = registry.find(head.name, head.instance)
+        if section is None:
+            instances = registry.instances(head.name)
+            known = ", ".join(map(str, instances))
+            raise StreamError(
+                f"instance {known} of {printable(head.name)}" if instances else "a known section",
+                f"instance {head.instance}" if instances else printable(head.name),
+                section=head.name,
+                offset=offset,
+                advice=None if instances else "this machine has no such device",
+            )
+        if not isinstance(section, kind):
+            raise StreamError(
+                f"the section of a {type(section).__name__.lower()}",
+                f"that of a {kind.__name__.lower()}",
+                section=head.name,
+                offset=offset,
+            )
+        if section in self._seen:
+            raise StreamError(f"{section} once", "it again", section=head.name, offset=offset)
+        self._seen.add(section)
+        return section
+
+
+def _load_handlers(handlers: dict[int, Handler], events: Events) -> None:
+    """Give every piece to its handler."""
+    versions: dict[int, int] = {}
+    number = 0
+    for event, end in events:
+        match event:
+            case SectionStart():
+                versions[event.number] = event.version
+                number = event.number
+            case SectionPart() | SectionEnd():
+                number = event.number
+            case Frame():
+                section = handlers[number]
+                piece = PieceReader(event.data)
+                with _partly(), within(section, end - len(event.encode())):
+                    run_hook("load", section.handler.load, piece, versions[number])
+                    if len(piece):
+                        raise StateError(
+                            f"{section} to take all {len(event.data)} bytes of a piece",
+                            f"{len(piece)} left",
+                        )
+
+
+def _check_version(section: Section, version: int, offset: int) -> None:
+    if version > section.version:
+        raise StreamError(
+            f"version {section.version} of {section}, or an older one",
+            str(version),
+            section=section.name,
+            offset=offset,
+        )
+
+
+@contextmanager
+def _partly() -> Iterator[None]:
+    """Say of errors that the machine is not as it was."""
+    try:
+        yield
+    except StreamError as error:
+        error.advice = _PARTLY
+        raise
