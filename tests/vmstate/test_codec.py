@@ -440,7 +440,7 @@ def test_hooks_may_refuse_what_was_loaded(old: bytes, new: bytes, message: str) 
 def test_hooks_may_refuse_to_save_and_to_load() -> None:
     hooked = Hooked()
     hooked.value = -1
-    with pytest.raises(StateError, match="a state that pre_save accepts, found it is broken"):
+    with pytest.raises(StateError, match=r"that Hooked\.pre_save accepts, found it is broken"):
         save(hooked)
     hooked.value = 99
     with pytest.raises(StateError, match="hooked: expected an idle device, found a busy one"):
@@ -453,6 +453,35 @@ def test_post_save_runs_where_saving_failed() -> None:
     with pytest.raises(StateError, match=r"hooked\.items\[1\]\.x"):
         save(hooked)
     assert hooked.log == ["saved"]
+
+
+@state("logging")
+@dataclass
+class Logging:
+    name: Local[str]
+    log: Local[list[str]]
+    x: U8 = 0
+
+    def pre_save(self) -> None:
+        self.log.append(f"before {self.name}")
+
+    def post_save(self) -> None:
+        self.log.append(f"after {self.name}")
+        raise ValueError(f"{self.name} cannot go on")
+
+
+def test_every_post_save_runs_innermost_first_whatever_the_others_do() -> None:
+    log: list[str] = []
+
+    @device("outer")
+    class Outer(Logging):
+        inner: Logging
+
+    outer = Outer("outer", log)
+    outer.inner = Logging("inner", log)
+    with pytest.raises(StateError, match=r"Outer\.post_save accepts, found outer cannot go on"):
+        save(outer)
+    assert log == ["before outer", "before inner", "after inner", "after outer"]
 
 
 def test_describing_runs_the_hooks_of_saving() -> None:

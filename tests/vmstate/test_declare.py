@@ -176,6 +176,14 @@ def test_a_hook_of_another_shape_is_refused() -> None:
         device("d")(Device)
 
 
+def test_a_list_that_all_objects_share_is_refused() -> None:
+    class Device:
+        x: Annotated[list[U8], Array(2)] = [0, 0]  # noqa: RUF012
+
+    with pytest.raises(DeclarationError, match=r"Device\.x: its value in the class is shared"):
+        device("d")(Device)
+
+
 def test_a_frozen_class_is_refused() -> None:
     with pytest.raises(DeclarationError, match="Frozen: it is frozen"):
         device("d")(make_dataclass("Frozen", [("x", U8)], frozen=True))

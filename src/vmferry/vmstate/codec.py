@@ -19,7 +19,7 @@ from . import plan as p
 from .arrays import Items, Numbers
 from .linked import Queue, Tree
 from .runs import Run
-from .staging import Blank, Frame, Kept, Loader, Saver, View, run_hook
+from .staging import Blank, Frame, Kept, Loader, Saver, View, begin_saving, run_hook
 from .values import Bits, Bytes, Custom, Number, One, Value
 
 _SUBSECTION: Final = 5
@@ -71,11 +71,7 @@ class StateCodec:
 
     def save(self, obj: Any, saver: Saver) -> None:
         """Add the bytes of *obj*, hooks included."""
-        hooks = self.plan.hooks
-        if "pre_save" in hooks:
-            run_hook("pre_save", obj.pre_save)
-        if "post_save" in hooks:
-            saver.after.append(obj.post_save)
+        begin_saving(self.plan, obj, saver.after)
         for step in self._steps:
             step.save(obj, saver)
         for part, codec, head in self._parts.values():
@@ -94,7 +90,7 @@ class StateCodec:
             return None
         hooks = self.plan.hooks
         if "pre_load" in hooks:
-            run_hook("pre_load", obj.pre_load)
+            run_hook(f"{self.plan.cls.__qualname__}.pre_load", obj.pre_load)
         frame = self._decode(loader, obj)
         if "post_load" in hooks:
             self._due(loader, obj)
@@ -108,7 +104,7 @@ class StateCodec:
         target: Any = Blank(self.plan.defaults) if required else run_hook(cls.__name__, cls)
         hooks = self.plan.hooks
         if "pre_load" in hooks and not required:
-            run_hook("pre_load", target.pre_load)
+            run_hook(f"{cls.__qualname__}.pre_load", target.pre_load)
         outer, loader.commits = loader.commits, []
         try:
             frame = self._decode(loader, target)

@@ -152,7 +152,7 @@ def _members(
             if isinstance(member.kind, Temporary):
                 _check_method(cls, member.kind.save, 1, where)
                 _check_method(cls, member.kind.load, 2, where)
-            _check_field(member, {f.attribute: f for f in fields}, hints, version, where)
+            _check_field(cls, member, {f.attribute: f for f in fields}, hints, version, where)
             fields.append(member)
         elif member is not None:
             _check_part(member, name, where)
@@ -248,7 +248,12 @@ def _takes(function: Callable[..., Any], arguments: int) -> bool:
 
 
 def _check_field(
-    field: Field, before: dict[str, Field], hints: dict[str, Any], version: int, where: str
+    cls: type[Any],
+    field: Field,
+    before: dict[str, Field],
+    hints: dict[str, Any],
+    version: int,
+    where: str,
 ) -> None:
     if not 0 <= field.since <= version:
         raise DeclarationError(f"{where}: since({field.since}) in a class of version {version}")
@@ -258,6 +263,10 @@ def _check_field(
         )
     if not field.name.isprintable() or len(field.name.encode()) > _NAME:
         raise DeclarationError(f"{where}: a field's name has at most {_NAME} printable bytes")
+    if isinstance(getattr(cls, field.attribute, None), list | dict | bytearray):
+        raise DeclarationError(
+            f"{where}: its value in the class is shared by all objects; make one in __init__"
+        )
     if field.attribute not in hints:
         raise DeclarationError(f"{where}: of({field.attribute!r}) names no attribute of the class")
     kind = field.kind

@@ -8,7 +8,7 @@ them at the end of a stream: lengths, conditions and subsections are those of th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, Final, TypeAlias
 
 from vmferry.errors import StateError
@@ -17,7 +17,7 @@ from . import plan as p
 from .arrays import flattened, with_path
 from .codec import needed_part
 from .declare import vmstate_of
-from .staging import run_hook
+from .staging import begin_saving, run_hook
 from .transfer import plan_of_object
 from .values import check_class
 
@@ -42,25 +42,17 @@ def describe(obj: object) -> Json:
 
     Raises :class:`StateError` where saving would.
     """
-    after: list[Callable[[], None]] = []
     plan = plan_of_object(obj)
     try:
-        return _state(plan, plan.version, obj, after)[0]
+        with ExitStack() as after:
+            return _state(plan, plan.version, obj, after)[0]
     except StateError as error:
         raise error.inside(plan.name) from error.__cause__
-    finally:
-        for hook in after:
-            hook()
 
 
-def _state(
-    plan: p.Plan, version: int, obj: Any, after: list[Callable[[], None]]
-) -> tuple[Json, int]:
+def _state(plan: p.Plan, version: int, obj: Any, after: ExitStack) -> tuple[Json, int]:
     """The description of one object, and its bytes."""
-    if "pre_save" in plan.hooks:
-        run_hook("pre_save", obj.pre_save)
-    if "post_save" in plan.hooks:
-        after.append(obj.post_save)
+    begin_saving(plan, obj, after)
     names = field_names(plan)
     entries: list[Json] = []
     size = 0
@@ -97,7 +89,7 @@ def field_names(plan: p.Plan) -> list[str]:
     return names
 
 
-def _field(field: p.Field, obj: Any, after: list[Callable[[], None]]) -> tuple[list[Json], int]:
+def _field(field: p.Field, obj: Any, after: ExitStack) -> tuple[list[Json], int]:
     kind = field.kind
     if isinstance(kind, p.Temporary):
         value = run_hook(kind.save, getattr(obj, kind.save))
@@ -112,7 +104,7 @@ def _field(field: p.Field, obj: Any, after: list[Callable[[], None]]) -> tuple[l
 
 
 def _elements(
-    field: p.Field, kind: p.Elements, value: Any, obj: Any, after: list[Callable[[], None]]
+    field: p.Field, kind: p.Elements, value: Any, obj: Any, after: ExitStack
 ) -> tuple[list[Json], int]:
     """One entry for all elements where they are alike, or one for each."""
     items = flattened(kind, value, obj)
@@ -150,7 +142,7 @@ def _compressible(field: p.Field) -> bool:
     return not kind.plan.subsections and all(map(_compressible, kind.plan.fields))
 
 
-def _value(kind: p.Kind, value: Any, after: list[Callable[[], None]]) -> tuple[Json, int]:
+def _value(kind: p.Kind, value: Any, after: ExitStack) -> tuple[Json, int]:
     """The entry of one value, without a name, and its bytes."""
     inner: Json = {}
     match kind:
@@ -183,7 +175,7 @@ def _value(kind: p.Kind, value: Any, after: list[Callable[[], None]]) -> tuple[J
     return {"type": kind.type} | inner | {"size": size}, size
 
 
-def _linked(states: list[tuple[p.Plan, Any]], after: list[Callable[[], None]]) -> tuple[Json, int]:
+def _linked(states: list[tuple[p.Plan, Any]], after: ExitStack) -> tuple[Json, int]:
     """The keys that stay of those that each state of a list puts into the same object."""
     inner: Json = {}
     size = 0

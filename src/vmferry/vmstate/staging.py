@@ -9,12 +9,15 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import repeat
 from types import FunctionType, MethodType
 from typing import Any, TypeAlias, TypeVar
 
 from vmferry.errors import StateError
+
+from .plan import Plan
 
 R = TypeVar("R")
 
@@ -23,13 +26,13 @@ Hook: TypeAlias = Callable[[], None]
 
 @dataclass(slots=True)
 class Saver:
-    """The bytes of a state, part by part, and the ``post_save`` that are due, innermost first.
+    """The bytes of a state, part by part, and the ``post_save`` that are due, the last one first.
 
     Parts may be views of the state itself, so nothing may change until they are joined.
     """
 
     parts: list[bytes | bytearray | memoryview] = field(default_factory=list)
-    after: list[Hook] = field(default_factory=list)
+    after: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass(slots=True)
@@ -106,6 +109,15 @@ class Kept:
     """A value that is not to be assigned, as its assignments are staged; and how it will look."""
 
     seen: Any
+
+
+def begin_saving(plan: Plan, obj: Any, after: ExitStack) -> None:
+    """Run ``pre_save``, and leave ``post_save`` to *after*, also where ``pre_save`` fails."""
+    name = plan.cls.__qualname__
+    if "post_save" in plan.hooks:
+        after.callback(run_hook, f"{name}.post_save", obj.post_save)
+    if "pre_save" in plan.hooks:
+        run_hook(f"{name}.pre_save", obj.pre_save)
 
 
 class Blank:

@@ -22,13 +22,11 @@ def save(obj: object) -> bytes:
         )
     saver = Saver()
     try:
-        compile_plan(plan, plan.version).save(obj, saver)
-        return b"".join(saver.parts)
+        with saver.after:
+            compile_plan(plan, plan.version).save(obj, saver)
+            return b"".join(saver.parts)
     except StateError as error:
         raise error.inside(plan.name) from error.__cause__
-    finally:
-        for hook in saver.after:
-            hook()
 
 
 class Staged:
