@@ -241,7 +241,7 @@ def test_newer_version_of_a_handler_is_refused(tmp_path: Path) -> None:
     vmferry.save(board(disk=Disk()), tmp_path / "s")
     old = Disk()
     old.version = 2  # type: ignore[misc]
-    with pytest.raises(StreamError, match=r'version 2 of "disk" instance 0, or an older one.* 3'):
+    with pytest.raises(StateError, match=r'version 2 of "disk" instance 0, or an older, found 3'):
         vmferry.load(board(disk=old), tmp_path / "s")
     assert old.calls == []
 
@@ -370,6 +370,46 @@ def test_own_declarations_do_where_there_is_no_description(tmp_path: Path) -> No
     loaded = board(Uart(), Timer())
     vmferry.load(loaded, tmp_path / "s")
     assert devices_of(loaded) == devices_of(saved)
+
+
+def test_own_declarations_do_where_the_description_is_wrong(tmp_path: Path) -> None:
+    saved = board(Uart(5), Rtc(3))
+    vmferry.save(saved, tmp_path / "s")
+    whole = (tmp_path / "s").read_bytes()
+    right, wrong = b'"type": "uint16", "size": 2', b'"type": "uint16", "size": 3'
+    (tmp_path / "s").write_bytes(whole.replace(right, wrong))
+    loaded = board(Uart(), Rtc())
+    vmferry.load(loaded, tmp_path / "s")
+    assert devices_of(loaded) == devices_of(saved)
+
+
+def test_wrong_footer_is_refused(tmp_path: Path) -> None:
+    vmferry.save(board(Uart(5)), tmp_path / "s")
+    whole = bytearray((tmp_path / "s").read_bytes())
+    whole[whole.index(b"\0\x06\0\0") - 1] ^= 1
+    (tmp_path / "s").write_bytes(whole)
+    with pytest.raises(StreamError):
+        vmferry.load(board(Uart()), tmp_path / "s")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_stream_loads_or_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    vmferry.save(full_board(), path)
+    whole = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(whole)
+    machine = empty_board()
+    before = copy.deepcopy(devices_of(machine))
+    try:
+        vmferry.load(machine, path)
+    except StreamError as error:
+        partly = error.advice is not None and "in part" in error.advice
+        assert partly or devices_of(machine) == before
 
 
 # The file

@@ -1,8 +1,9 @@
 """A stream into a stopped machine: everything is decoded before anything is changed.
 
 The loading half of QEMU 7.2 ``migration/savevm.c``.  Where a device's state ends is what its own
-declaration says; what the stream's description says of it has to agree.  Unlike QEMU, which also
-takes half a machine, this refuses a stream that does not have the state of every device.
+declaration says; a description that holds for the stream has to agree, and so have the footers.
+Unlike QEMU, which also takes half a machine, this refuses a stream that lacks the state of a
+device, or has it twice.
 """
 
 from __future__ import annotations
@@ -220,12 +221,8 @@ def _load_handlers(handlers: dict[int, Handler], events: Events) -> None:
 
 def _check_version(section: Section, version: int, offset: int) -> None:
     if version > section.version:
-        raise StreamError(
-            f"version {section.version} of {section}, or an older one",
-            str(version),
-            section=section.name,
-            offset=offset,
-        )
+        with within(section, offset):
+            raise StateError(f"version {section.version} of {section}, or an older", str(version))
 
 
 @contextmanager
