@@ -85,6 +85,7 @@ class Connections:
         self._channels: list[Channel] = []
         self._threads: list[threading.Thread] = []
         self._unknown: set[Channel] = set()
+        self._may_preempt = False
         self._preempt: set[Channel] = set()
         self._main: tuple[Channel, bytes] | None = None
         self._pages: list[PageChannel] = []
@@ -132,6 +133,7 @@ class Connections:
 
         *preempt* says that a connection which stays silent may be a postcopy preempt channel.
         """
+        self._may_preempt = preempt
         # All channels have connected before the source writes its first synchronisation.
         while self._listener.pending():
             if self._barrier.released > 1:
@@ -221,6 +223,10 @@ class Connections:
             if self._main is None:
                 # What is no stream at all is refused by the reader, in its own words.
                 self._main = channel, head
+                return None
+            if self._may_preempt and head:
+                # Pages of postcopy: that it has begun is for the main channel to say.
+                self._preempt.add(channel)
                 return None
         expected = f"a multifd channel with magic {MAGIC.hex()}"
         raise StreamError(expected, head.hex() or "its end", channel=channel.name, offset=0)

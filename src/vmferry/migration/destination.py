@@ -13,7 +13,7 @@ import numpy as np
 
 from vmferry.errors import ChannelClosed, PeerError, StreamError, TransportError, VmferryError
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
-from vmferry.transports import Channel, Listener
+from vmferry.transports import Channel, Listener, ReadAhead
 from vmferry.wire.bitmap import BitmapRecord
 from vmferry.wire.commands import (
     Command,
@@ -134,8 +134,9 @@ class Destination:
 
     def _receive(self) -> None:
         reader = self._reader
-        main, head = self._connections.accept_main()
-        main.name = reader.channel
+        channel, head = self._connections.accept_main()
+        channel.name = reader.channel
+        main = ReadAhead(channel)
         self._answers.attach(main)
         self._meter.start()
         reader.buffer.room()[: len(head)] = head
