@@ -9,7 +9,7 @@ on, or when its condition holds.  Subsections are found by name, in any order.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from .align import Gap, Pair, align
 from .findings import Direction, Finding, Kind, Spot
@@ -152,12 +152,10 @@ class _Check:
                 yield from replaced
                 return
         for field in gap.sent:
-            inner = spot.at(field.name)
-            told = inner.may_break if field.conditional else inner.breaks
+            told = _one_sided(field, spot)
             yield told(Kind.FIELD_UNKNOWN, "no such field", form(field))
         for field in gap.wanted:
-            inner = spot.at(field.name)
-            told = inner.may_break if field.conditional else inner.breaks
+            told = _one_sided(field, spot)
             yield told(Kind.FIELD_MISSING, form(field), "no such field")
         for field in gap.moved:
             yield spot.at(field.name).breaks(Kind.ORDER_CHANGED, "it here", "it in another place")
@@ -199,6 +197,14 @@ def _later(sent: StateSchema, wanted: StateSchema, spot: Spot) -> Iterator[Findi
             expected = f"it from version {field.version} on"
             found = f"version {sent.version}"
             yield spot.at(field.name).note(Kind.FIELD_IN_LATER_VERSION, expected, found)
+
+
+def _one_sided(field: FieldSchema, spot: Spot) -> Callable[[Kind, str, str], Finding]:
+    """How bad it is that only one side has a field."""
+    inner = spot.at(field.name)
+    if field.counted:
+        inner = inner.when("when it has elements")
+    return inner.may_break if field.conditional else inner.breaks
 
 
 def _alike(one: FieldSchema, other: FieldSchema) -> bool:

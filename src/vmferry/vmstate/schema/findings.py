@@ -155,7 +155,8 @@ class Spot:
 
     def when(self, condition: str) -> Spot:
         """The same, where it matters only then."""
-        return replace(self, condition=condition)
+        both = f"{self.condition}, and {condition}" if self.condition else condition
+        return replace(self, condition=both)
 
     def breaks(self, kind: Kind, expected: str, found: str) -> Finding:
         """A finding that breaks."""

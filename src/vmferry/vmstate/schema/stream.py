@@ -204,10 +204,9 @@ def _gap(gap: Gap[_Sent, FieldSchema], spot: Spot) -> Iterator[Finding]:
         yield spot.at(sent.first.name).breaks(Kind.FIELD_UNKNOWN, "no such field", sent.form)
     for field in missing:
         inner = spot.at(field.name)
-        if field.counted:
-            continue  # an array without elements leaves no trace
-        if field.type is None and field.struct is not None and field.count is None:
-            # In a dump that does not tell the type, this may be such an array.
+        untold = field.type is None and field.struct is not None and field.count is None
+        if field.counted or untold:
+            # An array whose length is 0 leaves no trace, and QEMU does not tell which are arrays.
             inner = inner.when("unless it is an array without elements")
             yield inner.may_break(Kind.FIELD_MISSING, form(field), "no such field")
         else:
