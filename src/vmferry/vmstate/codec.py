@@ -58,16 +58,8 @@ class StateCodec:
         first = self._steps[0] if len(self._steps) == 1 else None
         bare = not plan.hooks and not plan.subsections
         self._only_run = first if bare and isinstance(first, Run) else None
-        self.recording: bool = any(
-            field.when is not None or getattr(field.kind, "count", None) for field in plan.fields
-        ) or any(codec.recording for codec in self._inner())
-
-    def _inner(self) -> list[StateCodec]:
-        plans = [inner for field in self.plan.fields for inner in p.plans_of(field.kind)]
-        return [
-            *(compile_plan(plan, plan.version) for plan in plans),
-            *(codec for _, codec, _ in self._parts.values()),
-        ]
+        self._watched = any(field.when is not None for field in plan.fields)
+        self._counted = any(getattr(field.kind, "count", None) for field in plan.fields)
 
     def save(self, obj: Any, saver: Saver) -> None:
         """Add the bytes of *obj*, hooks included."""
@@ -127,11 +119,14 @@ class StateCodec:
         loader.after.append(lambda: run_hook(name, obj.post_load, self._version))
 
     def _decode(self, loader: Loader, obj: Any) -> Frame:
-        frame = Frame(obj, self.plan.cls, {})
+        outer = loader.recording
+        loader.recording = outer or self._watched
+        frame = Frame(obj, self.plan.cls, loader.recording or self._counted)
         for step in self._steps:
             step.load(loader, frame)
         if self._parts:
             self._decode_parts(loader, frame)
+        loader.recording = outer
         return frame
 
     def _decode_parts(self, loader: Loader, frame: Frame) -> None:

@@ -72,7 +72,7 @@ class Run:
     def load(self, loader: Loader, frame: Frame) -> None:
         """Take the bytes, and stage what they assign."""
         values = self.stage(loader, frame.obj)
-        if loader.recording:
+        if frame.recording:
             frame.seen.update(zip(self._names, values, strict=True))
 
     def stage(self, loader: Loader, obj: Any) -> Sequence[Any]:

@@ -40,13 +40,12 @@ class Loader:
     """Where decoding is, and what is to be done when it has come through.
 
     An entry of ``commits`` is an object, names and values; or without names, a list or buffer whose
-    content the values are to become.  ``recording`` says that fields have to be found again, by
-    counts or predicates.
+    content the values are to become.  ``recording`` says that a predicate may ask for any field.
     """
 
     data: memoryview
     at: int
-    recording: bool
+    recording: bool = False
     commits: list[tuple[Any, tuple[str, ...] | None, Sequence[Any]]] = field(default_factory=list)
     after: list[Hook] = field(default_factory=list)
 
@@ -70,11 +69,15 @@ class Loader:
 
 @dataclass(slots=True)
 class Frame:
-    """One object that is being loaded; ``seen`` are its fields so far, if they are recorded."""
+    """One object that is being loaded.
+
+    ``seen`` are its fields so far; numbers only where ``recording`` says that they are asked for.
+    """
 
     obj: Any
     cls: type[Any]
-    seen: dict[str, Any]
+    recording: bool
+    seen: dict[str, Any] = field(default_factory=dict)
 
     def get(self, name: str) -> Any:
         """The attribute as it will be."""

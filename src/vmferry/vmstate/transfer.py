@@ -57,9 +57,8 @@ def stage(obj: object, data: bytes | bytearray | memoryview, version: int) -> St
     view = memoryview(data).toreadonly().cast("B")
     try:
         check_version(plan, version)
-        codec = compile_plan(plan, version)
-        loader = Loader(view, 0, codec.recording)
-        codec.load_into(loader, obj)
+        loader = Loader(view, 0)
+        compile_plan(plan, version).load_into(loader, obj)
     except StateError as error:
         raise error.inside(plan.name) from error.__cause__
     return Staged(plan.name, loader.at, loader)
