@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -472,6 +474,31 @@ def test_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be saved"):
         vmferry.save(board(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_devices_are_not_taken_for_those_of_the_file(tmp_path: Path) -> None:
+    class Torn(Disk):
+        def iterate(self, piece: Any) -> None:
+            raise OSError(5, f"disk of {piece.room} is gone")
+
+    with pytest.raises(OSError, match="disk of 20 is gone"):
+        vmferry.save(board(disk=Torn()), tmp_path / "s")
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_leaves_the_file_before(tmp_path: Path) -> None:
+    (tmp_path / "s").write_bytes(b"old")
+    disk = Disk(bytes(200_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="s: cannot be saved: File too large"):
+            vmferry.save(board(disk=disk), tmp_path / "s")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("s", b"old")]
 
 
 @pytest.mark.parametrize("name", ["", "x" * 256, "a\nb"])

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -30,22 +32,9 @@ def save(machine: Machine, path: str | os.PathLike[str]) -> None:
     :class:`~vmferry.errors.StateError` for a state that does not fit its declaration, and
     :class:`~vmferry.errors.StorageError`.
     """
-    target = Path(path)
     machine.registry.check_migratable()
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=".vmferry-", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb", _BUFFER) as file:
-                save_stream(machine, file.write)
-                file.flush()
-                os.fsync(descriptor)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-        _sync_directory(target.parent)
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be saved: {error.strerror}") from error
+    with _replacing(Path(path)) as write:
+        save_stream(machine, write)
 
 
 def load(machine: Machine, path: str | os.PathLike[str], *, may_lack: Collection[str] = ()) -> None:
@@ -57,31 +46,69 @@ def load(machine: Machine, path: str | os.PathLike[str], *, may_lack: Collection
     and the error says so.
     """
     source = Path(path)
-    try:
-        with source.open("rb", 0) as file:
-            if not file.seekable():
-                raise StorageError(f"{source}: expected a file, found something that cannot seek")
-            load_stream(machine, lambda: _events(file, str(source)), may_lack=may_lack)
-    except OSError as error:
-        raise StorageError(f"{source}: cannot be loaded: {error.strerror}") from error
+    with _storing(source, "loaded"):
+        file = source.open("rb", 0)
+    with file:
+        if not file.seekable():
+            raise StorageError(f"{source}: expected a file, found something that cannot seek")
+        load_stream(machine, lambda: _events(file, source), may_lack=may_lack)
 
 
-def _events(file: BinaryIO, name: str) -> Events:
+def _events(file: BinaryIO, path: Path) -> Events:
     """The events of the stream in *file*, which holds nothing else."""
-    file.seek(0)
-    reader = StreamReader(channel=name, tolerate=Tolerate.NO_RAM, framed=True)
+    reader = StreamReader(channel=str(path), tolerate=Tolerate.NO_RAM, framed=True)
+    with _storing(path, "loaded"):
+        file.seek(0)
     while not reader.finished:
-        reader.buffer.received(file.readinto(reader.buffer.room()))  # type: ignore[attr-defined]
+        with _storing(path, "loaded"):
+            count = file.readinto(reader.buffer.room())  # type: ignore[attr-defined]
+        reader.buffer.received(count)
         for event in reader.events():
             yield event, reader.buffer.offset
-    extra = len(reader.buffer) or len(file.read(1))
+    with _storing(path, "loaded"):
+        extra = len(reader.buffer) or len(file.read(1))
     if extra:
         raise StreamError(
             "the end of the file behind the stream",
             "something else",
-            channel=name,
+            channel=str(path),
             offset=reader.buffer.offset,
         )
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Callable[[bytes], None]]:
+    """A function that writes to a new file, which becomes *target* at the end of the block."""
+    with _storing(target, "saved"):
+        descriptor, name = tempfile.mkstemp(prefix=".vmferry-", dir=target.parent)
+    aside = Path(name)
+
+    def write(data: bytes) -> None:
+        with _storing(target, "saved"):
+            file.write(data)
+
+    try:
+        # Only the raw file is closed, as a buffer would try once more to write what could not be.
+        with os.fdopen(descriptor, "wb", 0) as raw:
+            file = BufferedWriter(raw, _BUFFER)
+            yield write
+            with _storing(target, "saved"):
+                file.flush()
+                os.fsync(descriptor)
+        with _storing(target, "saved"):
+            aside.replace(target)
+            _sync_directory(target.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _storing(path: Path, done: str) -> Iterator[None]:
+    """Say what the file system did not let be *done*; what a device raises is not meant."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be {done}: {error.strerror}") from error
 
 
 def _sync_directory(directory: Path) -> None:
