@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -49,12 +50,15 @@ class PageFile:
         self.path = path
         self.size = size
         self.page_size = page_size
-        self.sums: Sums = np.zeros(size // page_size, np.uint64)
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            os.ftruncate(self._fd, size)
-        except OSError as error:
-            raise storage_error(path, "created", error) from None
+        with ExitStack() as undo:
+            try:
+                self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                undo.callback(os.close, self._fd)
+                os.ftruncate(self._fd, size)
+            except OSError as error:
+                raise storage_error(path, "created", error) from None
+            self.sums: Sums = np.zeros(size // page_size, np.uint64)
+            undo.pop_all()
 
     def grow(self, size: int) -> None:
         """Make the file *size* bytes long, with zeros."""
