@@ -149,6 +149,12 @@ class Peer:
             heard += self._reader.events()
         return heard
 
+    def await_answer(self, message: Message) -> None:
+        """Read up to this answer."""
+        buffer = self._reader.buffer
+        while message not in list(self._reader.events()):
+            buffer.received(self.channel.recv_into(buffer.room(), PROMPT))
+
     def verdict(self, timeout: float = PROMPT) -> int | None:
         """The status of the only SHUT, which is the last that is said; ``None`` without one.
 
@@ -174,7 +180,7 @@ class Peer:
 
 def is_ours(thread: threading.Thread) -> bool:
     """Whether a thread belongs to a migration."""
-    return thread.name in {"peer", "farewell"}
+    return thread.name in {"peer", "farewell", "read ahead"}
 
 
 def descriptors() -> set[str]:

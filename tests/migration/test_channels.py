@@ -20,7 +20,7 @@ from tests.migration.script import (
     start,
     sync,
 )
-from tests.transports.support import PROMPT, background, wait_until
+from tests.transports.support import PROMPT, background
 from vmferry import (
     Deadlines,
     LimitExceeded,
@@ -30,9 +30,10 @@ from vmferry import (
     TruncatedStream,
     VmferryError,
 )
-from vmferry.wire.commands import PostcopyAdvise
+from vmferry.wire.commands import Ping, PostcopyAdvise, RamDiscard
 from vmferry.wire.multifd import Method
 from vmferry.wire.ram import RamFlush
+from vmferry.wire.return_path import Pong
 
 OPEN = head(return_path=True)
 RUNNING = OPEN + start()
@@ -189,15 +190,24 @@ def test_one_silent_connection_may_be_for_preemption_but_not_two() -> None:
         attempt.connect()
         main.say(start())
         assert main.verdict() == 1
-        assert "more than one connection stays silent" in str(attempt.error(PeerError))
+        assert "one preempt channel" in str(attempt.error(PeerError))
+
+
+def test_preempt_channel_that_speaks_up_does_not_hide_the_switch_to_postcopy() -> None:
+    with Attempt() as attempt:
+        main = attempt.connect(OPEN, PostcopyAdvise(PAGE_SIZE, PAGE_SIZE).encode(), start())
+        attempt.connect(bytes(16))
+        main.say(part(), RamDiscard("pc.ram", ((0, PAGE_SIZE),)).encode())
+        assert main.verdict() == 1
+        assert "switched to postcopy" in str(attempt.error(PeerError))
 
 
 def test_channel_that_comes_too_late_is_refused() -> None:
     with Attempt() as attempt:
         main = attempt.connect(OPEN)
-        peer = attempt.connect(READY, sync(), sync())
-        main.say(start(), part())
-        wait_until(lambda: peer.channel.unsent() == 0)
+        attempt.connect(READY, sync(), sync())
+        main.say(start(), part(), Ping(2).encode())
+        main.await_answer(Pong(2))
         attempt.connect(hello(1))
         main.say(part())
         assert main.verdict() == 1

@@ -128,18 +128,18 @@ class Connections:
         self._page_size = page_size
         self._ram_known.set()
 
-    def synchronise(self, *, preempt: bool) -> None:
-        """The main channel is at a synchronisation: wait until every channel has caught up.
+    def allow_preempt(self) -> None:
+        """The source may switch to postcopy: one connection may be its preempt channel."""
+        self._may_preempt = True
 
-        *preempt* says that a connection which stays silent may be a postcopy preempt channel.
-        """
-        self._may_preempt = preempt
+    def synchronise(self) -> None:
+        """The main channel is at a synchronisation: wait until every channel has caught up."""
         # All channels have connected before the source writes its first synchronisation.
         while self._listener.pending():
             if self._barrier.released > 1:
                 raise PeerError("a connection came after multifd had begun, too late to take part")
             self._accept(0)
-        self._learn(preempt=preempt)
+        self._learn()
         self._barrier.main(self._deadlines.idle)
         self.check()
 
@@ -187,17 +187,18 @@ class Connections:
         thread.start()
         self._threads.append(thread)
 
-    def _learn(self, *, preempt: bool) -> None:
+    def _learn(self) -> None:
         """Wait until every connection has said what it is; each has a deadline for that."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self.failure or not self._unknown, _PREEMPT_SILENCE if preempt else None
+                lambda: self.failure or not self._unknown,
+                _PREEMPT_SILENCE if self._may_preempt else None,
             )
             self.check()
             self._preempt |= self._unknown
             self._unknown.clear()
             if len(self._preempt) > 1:
-                raise PeerError("more than one connection stays silent; one may be for preemption")
+                raise PeerError("expected one preempt channel and multifd channels, found others")
 
     # In the thread of a connection
 
@@ -212,7 +213,7 @@ class Connections:
                 self._fail(error)
 
     def _identify(self, channel: Channel, head: bytes) -> PageChannel | None:
-        """What a connection is by its first bytes: its reader, or ``None`` for the main channel."""
+        """What a connection is by its first bytes: its reader, if it is a multifd channel."""
         with self._changed:
             self._unknown.discard(channel)
             self._changed.notify_all()

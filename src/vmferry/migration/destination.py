@@ -264,7 +264,7 @@ class Destination:
         if self._flushes and not is_flush:
             return
         self._flushes = is_flush
-        self._connections.synchronise(preempt="postcopy-ram" in self._features)
+        self._connections.synchronise()
         if is_flush and not self._connections.multifd:
             raise StreamError("multifd channels, as there is a flush of them", "none")
 
@@ -280,6 +280,7 @@ class Destination:
                 self._answers.say(Pong(command.value))
             case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps
                 self._features.add("postcopy-ram")
+                self._connections.allow_preempt()
             case EnableColo():
                 raise PeerError("the source wants COLO fault tolerance: turn x-colo off")
             case _ if isinstance(command, _POSTCOPY):
