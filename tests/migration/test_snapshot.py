@@ -278,7 +278,11 @@ class Rtc:
 
 UNFIT: list[tuple[str, Board, str]] = [
     ("another machine", board(Uart(), name="board"), '"board", found "board-1.0" .*byte 0x8'),
-    ("no such device", board(), r'a known section, found "uart" .*byte 0x16, section "uart"'),
+    (
+        "no such device",
+        board(),
+        r'this machine has, found "uart" instance 0 .byte 0x16, section "uart".$',
+    ),
     ("another instance", board(), "see below"),
     ("a lacking device", board(Uart(), Rtc()), 'nothing of "rtc" instance 0; allow by name'),
     ("a lacking handler", board(Uart(), disk=Disk()), 'nothing of "disk" instance 0; allow'),
@@ -287,7 +291,7 @@ UNFIT: list[tuple[str, Board, str]] = [
     ("bytes missing", board(LongUart()), "uart.more: expected 4 bytes, found 3"),
 ]
 UNFIT[2][1].registry.register(Uart(), instance=4)
-UNFIT[2] = (UNFIT[2][0], UNFIT[2][1], 'instance 4 of "uart", found instance 0')
+UNFIT[2] = (UNFIT[2][0], UNFIT[2][1], '"uart" instance 0 .*; of that name it has instance 4')
 
 
 @pytest.mark.parametrize(("machine", "text"), [r[1:] for r in UNFIT], ids=[r[0] for r in UNFIT])

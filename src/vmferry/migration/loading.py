@@ -174,14 +174,13 @@ class _Check:
         registry = self._machine.registry
         section = registry.find(head.name, head.instance)
         if section is None:
-            instances = registry.instances(head.name)
-            known = ", ".join(map(str, instances))
+            instances = ", ".join(map(str, registry.instances(head.name)))
             raise StreamError(
-                f"instance {known} of {printable(head.name)}" if instances else "a known section",
-                f"instance {head.instance}" if instances else printable(head.name),
+                "a section that this machine has",
+                f"{printable(head.name)} instance {head.instance}",
                 section=head.name,
                 offset=offset,
-                advice=None if instances else "this machine has no such device",
+                advice=f"of that name it has instance {instances}" if instances else None,
             )
         if not isinstance(section, kind):
             raise StreamError(
