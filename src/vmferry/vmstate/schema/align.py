@@ -7,7 +7,7 @@ other, and what stands between two such pairs on either side takes each other's 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Generic, TypeVar
@@ -35,10 +35,13 @@ class Gap(Generic[S, W]):
 
 
 def align(
-    sent: Sequence[tuple[K, S]], wanted: Sequence[tuple[K, W]]
+    sent: Sequence[tuple[K, S]], wanted: Sequence[tuple[K, W]], names: Callable[[K], bool]
 ) -> Iterator[Pair[S, W] | Gap[S, W]]:
-    """Pairs and gaps in the order of the stream; no key may occur twice on a side."""
-    places = {key: place for place, (key, _) in enumerate(wanted)}
+    """Pairs and gaps in the order of the stream; no key may occur twice on a side.
+
+    *names* says whether a key is a name: what is not, as that of bytes without meaning, is in gaps.
+    """
+    places = {key: place for place, (key, _) in enumerate(wanted) if names(key)}
     common = [(at, places[key]) for at, (key, _) in enumerate(sent) if key in places]
     kept = _longest_ascending(common)
     moved = {sent[at][0] for at, _ in set(common) - set(kept)}

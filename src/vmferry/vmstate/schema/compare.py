@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from .align import Gap, Pair, align
 from .findings import Direction, Finding, Kind, Spot
 from .model import CANDIDATES, DeviceSchema, FieldSchema, Key, Schema, StateSchema
-from .shape import form, forms, is_gap, leaves, same_type, total
+from .shape import GAP, form, forms, is_gap, leaves, same_type, total
 
 Entry = tuple[Key, FieldSchema]
 
@@ -104,7 +104,7 @@ class _Check:
             yield spot.at(name).note(Kind.SUBSECTION_MISSING, "it, or nothing", "nothing")
 
     def _fields(self, sent: list[Entry], wanted: list[Entry], spot: Spot) -> Iterator[Finding]:
-        for part in align(sent, wanted):
+        for part in align(sent, wanted, lambda key: key[0] != GAP):
             if isinstance(part, Pair):
                 yield from self._pair(part.sent, part.wanted, spot.at(part.sent.name))
             else:
@@ -146,6 +146,8 @@ class _Check:
 
     def _gap(self, gap: Gap[FieldSchema, FieldSchema], spot: Spot) -> Iterator[Finding]:
         """Fields that take each other's place, or nothing's."""
+        if gap.sent == gap.wanted and not gap.moved:
+            return
         if gap.sent and gap.wanted:
             replaced = self._replaced(gap, spot)
             if replaced is not None:

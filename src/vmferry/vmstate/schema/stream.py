@@ -24,15 +24,19 @@ from vmferry.wire.description import (
 from .align import Gap, Pair, align
 from .findings import Direction, Finding, Kind, Spot
 from .model import CANDIDATES, FieldSchema, Key, Schema, StateSchema
-from .shape import form, forms, leaves, same_type, total
+from .shape import GAP, form, forms, is_gap, leaves, same_type, total
 
 _BY_HAND: Final = frozenset(
     {
-        *("PCIBUS", "acpi_build", "adb_bus", "apic", "cpu", "cpu_common", "globalstate", "i2c_bus"),
-        *("icp/server", "ide", "spapr", "spapr_cpu", "spapr_iommu", "timer"),
+        *("PCIBUS", "acpi_build", "adb_bus", "apic", "cpu", "cpu_common", "eeprom", "globalstate"),
+        *("i2c_bus", "i82550", "i82551", "i82557a", "i82557b", "i82557c", "i82558a", "i82558b"),
+        *("i82559a", "i82559b", "i82559c", "i82559er", "i82562", "i82801", "icp/server", "ide"),
+        *("ipmi-bmc-sim", "ipmi-interface", "spapr", "spapr_cpu", "spapr_iommu", "timer"),
+        "virtio-mem-device-early",
     }
 )
-"""States that QEMU 7.2 registers by hand, so that no dump of its has them."""
+"""States that QEMU registers by hand, so that no dump of its has them, as far as 7.2 and 10.0 sent
+them."""
 
 _PLAIN: Final = frozenset(
     {
@@ -43,8 +47,8 @@ _PLAIN: Final = frozenset(
 """Types of as many bytes on the wire as in memory."""
 
 _BYTES: Final = frozenset({"buffer", "unused_buffer"})
-_MARKER: Final = 1
-"""Bytes of what stands for a pointer that is NULL, whatever it points to."""
+_ONE_BYTE: Final = _BYTES | {"bool", "int8", "uint8", "uint8 equal"}
+"""Types that may have one byte; of any other, that is the mark of a pointer that is NULL."""
 
 
 def check_stream(
@@ -112,7 +116,7 @@ class _Sent:
 
     @property
     def count(self) -> int:
-        return self.first.array_len or len(self.elements)
+        return sum(element.array_len or 1 for element in self.elements)
 
     @property
     def size(self) -> int:
@@ -127,7 +131,7 @@ class _Sent:
 def _state(vmsd: Vmsd, state: StateSchema, version: int, spot: Spot) -> Iterator[Finding]:
     names = state.described_names()
     wanted = [((names[key], 0), field) for key, field in state.fields_in(version)]
-    for part in align(list(_sent(vmsd)), wanted):
+    for part in align(list(_sent(vmsd)), wanted, lambda key: key[0].partition("[")[0] != GAP):
         if isinstance(part, Pair):
             yield from _pair(part.sent, part.wanted, spot.at(part.wanted.name))
         else:
@@ -146,11 +150,13 @@ def _sent(vmsd: Vmsd) -> Iterator[tuple[Key, _Sent]]:
     """The fields by name, the elements of an array together."""
     # A peer may repeat a name that QEMU would not; only the first is then one that is known.
     seen: Counter[str] = Counter()
-    for (name, _), run in groupby(
-        enumerate(vmsd.fields), key=lambda at: (at[1].name, at[1].index is None and at[0])
-    ):
-        yield (name, seen[name]), _Sent(tuple(field for _, field in run))
-        seen[name] += 1
+    for name, run in groupby(vmsd.fields, key=lambda field: field.name):
+        entries = tuple(run)
+        # QEMU 10.0 leaves the index of the last element out.
+        is_array = entries[0].index is not None
+        for elements in [entries] if is_array else [(entry,) for entry in entries]:
+            yield (name, seen[name]), _Sent(elements)
+            seen[name] += 1
 
 
 def _pair(sent: _Sent, wanted: FieldSchema, spot: Spot) -> Iterator[Finding]:
@@ -163,7 +169,7 @@ def _pair(sent: _Sent, wanted: FieldSchema, spot: Spot) -> Iterator[Finding]:
             own = element.struct.version if element.type == "vstruct" else wanted.struct.version
             version = wanted.struct_version or own
             yield from _state(element.struct, wanted.struct, version, spot)
-        elif element.size != _MARKER or element.type in _BYTES:
+        elif element.size != 1 or element.type in _ONE_BYTE:
             yield from _value(element, wanted, spot, sent.form)
 
 
@@ -196,6 +202,8 @@ def _gap(gap: Gap[_Sent, FieldSchema], spot: Spot) -> Iterator[Finding]:
     if gap.sent and missing:
         values = leaves(missing)
         if values is not None and total(values) == sum(sent.size for sent in gap.sent):
+            if is_gap(missing) and all(sent.first.type == "unused_buffer" for sent in gap.sent):
+                return
             words = " and ".join(f"{sent.first.name} ({sent.form})" for sent in gap.sent)
             first = spot.at(gap.sent[0].first.name)
             yield first.note(Kind.FIELDS_REGROUPED, forms(missing), words)
