@@ -242,6 +242,21 @@ def test_bytes_that_do_not_fit_are_not_loaded(old: bytes, new: bytes, message: s
     assert clock == Clock()
 
 
+def test_a_buffer_stays_free_to_grow_where_loading_failed() -> None:
+    clock = Clock()
+    with pytest.raises(StateError) as refused:
+        load(clock, save(full()) + b"x", 3)
+    clock.buffer.extend(b"more")
+    assert refused.value.field == "timer"
+
+
+@pytest.mark.parametrize("path", ["queue", "tree", "text", "channels", "pointers[1]"])
+def test_a_state_that_cannot_be_saved_is_not_described(path: str) -> None:
+    clock = broken(setter(path, 7))
+    with pytest.raises(StateError, match="timer"):
+        describe(clock)
+
+
 def test_bytes_behind_the_state_are_not_loaded() -> None:
     body = save(full()) + b"\0"
     clock = Clock()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, make_dataclass
+from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 import pytest
@@ -54,12 +56,17 @@ class Inner:
     x: U8 = 0
 
 
-@state("other")
+@state("dev/other")
 class Demanding:
     x: U8
 
     def __init__(self, bus: object) -> None:
         self.bus = bus
+
+
+@state("other")
+class Elsewhere:
+    x: U8
 
 
 class Undeclared:
@@ -122,7 +129,8 @@ WRONG: list[tuple[Any, str]] = [
     (ClassVar[Annotated[Inner, Temporary("make", "take")]], "make is a method of self"),
     (Annotated[Inner, subsection], "a subsection is either X | None, or Subsection(needed=...)"),
     (Annotated[Inner | None, Subsection(bool)], "a subsection is either X | None"),
-    (Annotated[Demanding | None, subsection], "the name of a subsection begins with 'dev'"),
+    (Annotated[Elsewhere | None, subsection], "the name of a subsection begins with 'dev'"),
+    (Annotated[Demanding | None, subsection], "a Demanding has to be made when loading"),
     (Annotated[U8 | None, subsection], "a subsection is of a class declared with @state"),
     (Annotated[Inner | None, subsection, since(2)], "a subsection is an attribute, without"),
     (Annotated[U8, Local[int].__metadata__[0]], "an attribute is local, or it is migrated"),  # type: ignore[attr-defined]
@@ -193,7 +201,9 @@ def test_names_that_do_not_exist_are_refused() -> None:
     class Device:
         x: Nowhere  # type: ignore[name-defined]  # noqa: F821
 
-    with pytest.raises(DeclarationError, match=r"Device: an annotation cannot be read: .*Nowhere"):
+    with pytest.raises(
+        DeclarationError, match=r"Device: an annotation of .*Device cannot be read: .*Nowhere"
+    ):
         device("d")(Device)
 
 
@@ -263,6 +273,24 @@ def test_fields_of_a_base_class_come_first() -> None:
         b: U8 = 2
 
     assert save(Device()) == b"\1\2"
+
+
+def test_annotations_mean_what_they_mean_where_they_are_written() -> None:
+    elsewhere: Any = ModuleType("elsewhere")
+    elsewhere.Word = U32
+    sys.modules["elsewhere"] = elsewhere
+    try:
+        base: Any = type("Base", (), {"__module__": "elsewhere", "a": 1})
+        base.__annotations__ = {"a": "Word"}
+        Word = U16  # noqa: N806
+
+        @device("d")
+        class Device(base):  # type: ignore[misc]
+            b: Word = 2  # type: ignore[valid-type]
+
+        assert save(Device()) == b"\0\0\0\1\0\2"
+    finally:
+        del sys.modules["elsewhere"]
 
 
 def test_a_declared_class_is_none_to_those_derived_from_it() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 from vmferry.errors import StateError
 
 from . import plan as p
-from .staging import Frame, Kept, Loader, Saver
+from .staging import WHOLE, Frame, Kept, Loader, Saver
 from .values import Value, bounded, check_length, pack_one, shown
 
 NULL: Final = b"0"
@@ -58,7 +58,7 @@ class Numbers:
             values = [None if value == -1 else value for value in values]
         rows = shaped(self._kind.shape, values)
         if isinstance(current, list):
-            loader.commits.append((current, None, rows))
+            loader.commits.append((current, WHOLE, rows))
             return Kept(rows)
         return rows
 
@@ -101,7 +101,7 @@ class Items:
             return Kept(shaped(kind.shape, seen))
         rows = shaped(kind.shape, items)
         if isinstance(current, list):
-            loader.commits.append((current, None, rows))
+            loader.commits.append((current, WHOLE, rows))
             return Kept(shaped(kind.shape, seen))
         return rows
 

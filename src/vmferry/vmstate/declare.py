@@ -17,12 +17,11 @@ from typing import Any, ClassVar, Final, TypeVar, get_args, get_origin, get_type
 from vmferry.errors import DeclarationError
 
 from . import types as t
+from .checks import check_ends, check_made, may_miss
 from .codec import compile_plan
 from .kinds import kind_of, plan_of, split
 from .plan import (
     PLAN,
-    Custom,
-    Elements,
     Field,
     Gap,
     Part,
@@ -31,7 +30,6 @@ from .plan import (
     Scalar,
     Struct,
     Temporary,
-    plans_of,
 )
 
 C = TypeVar("C", bound=type[Any])
@@ -123,12 +121,12 @@ def _declare(
         fields=fields,
         subsections=parts,
         hooks=_hooks(cls),
-        required=_required(cls, {f.attribute for f in fields if not _may_miss(f)}),
+        required=_required(cls, {f.attribute for f in fields if not may_miss(f)}),
         defaults={p.name: p.default for p in _parameters(cls) if isinstance(p.default, _PLAIN)},
         registration=registration,
     )
-    _check_made(plan)
-    _check_ends(plan)
+    check_made(plan)
+    check_ends(plan)
     compile_plan(plan, version)
     setattr(cls, PLAN, plan)
     return cls
@@ -137,12 +135,7 @@ def _declare(
 def _members(
     cls: type[Any], names: dict[str, Any], name: str, version: int
 ) -> tuple[tuple[Field, ...], tuple[Part, ...]]:
-    try:
-        hints = get_type_hints(cls, localns=names | {cls.__name__: cls}, include_extras=True)
-    except (NameError, TypeError, AttributeError) as error:
-        raise DeclarationError(
-            f"{cls.__qualname__}: an annotation cannot be read: {error}"
-        ) from error
+    hints = _hints(cls, names)
     fields: list[Field] = []
     parts: list[Part] = []
     for attribute, hint in hints.items():
@@ -158,6 +151,23 @@ def _members(
             _check_part(member, name, where)
             parts.append(member)
     return tuple(fields), tuple(parts)
+
+
+def _hints(cls: type[Any], names: dict[str, Any]) -> dict[str, Any]:
+    """The annotations of the class and its bases, each read where it was written."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        annotations = inspect.get_annotations(base)
+        alone = type("alone", (), {"__annotations__": annotations, "__module__": base.__module__})
+        near = base.__module__ == cls.__module__
+        known = names | {cls.__name__: cls} if near else {}
+        try:
+            hints |= get_type_hints(alone, localns=known, include_extras=True)
+        except (NameError, TypeError, AttributeError, SyntaxError) as error:
+            raise DeclarationError(
+                f"{cls.__qualname__}: an annotation of {base.__qualname__} cannot be read: {error}"
+            ) from error
+    return hints
 
 
 def _member(attribute: str, hint: Any, where: str) -> Field | Part | None:
@@ -312,11 +322,6 @@ def _hooks(cls: type[Any]) -> frozenset[str]:
     return frozenset(hooks)
 
 
-def _may_miss(field: Field) -> bool:
-    """Whether a stream may be without the field."""
-    return field.conditional or field.since > 0 or isinstance(field.kind, Gap | Temporary)
-
-
 def _parameters(cls: type[Any]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(cls).parameters.values())
@@ -331,57 +336,3 @@ def _required(cls: type[Any], certain: set[str]) -> tuple[str, ...] | None:
     names = tuple(p.name for p in required)
     by_name = all(p.kind is not p.POSITIONAL_ONLY for p in required)
     return names if by_name and certain.issuperset(names) else None
-
-
-def _check_made(plan: Plan) -> None:
-    """Refuse fields whose objects have to be made when loading, of classes that cannot be."""
-    for field in plan.fields:
-        kind = field.kind
-        if isinstance(kind, Elements) and kind.count is None:
-            continue  # loaded in place
-        for inner in plans_of(kind):
-            if inner.required is None and not isinstance(kind, Struct):
-                raise DeclarationError(
-                    f"{plan.cls.__qualname__}.{field.attribute}: a {inner.cls.__qualname__} has to"
-                    " be made when loading, so that what it takes to be called may only be fields"
-                    " that are always there"
-                )
-
-
-def _check_ends(plan: Plan) -> None:
-    """Refuse subsections that a loader would take for those of the state before them.
-
-    Whose a subsection is shows in the beginning of its name alone, and the innermost state that
-    ends where it begins is asked first.
-    """
-    ends = _ends(plan.fields)
-    ends += [inner for part in plan.subsections for inner in (part.plan, *_ends(part.plan.fields))]
-    for part in plan.subsections:
-        for inner in ends:
-            if inner.subsections and part.plan.name.startswith(inner.name) and inner != part.plan:
-                raise DeclarationError(
-                    f"{plan.cls.__qualname__}.{part.attribute}: the name {part.plan.name!r} begins"
-                    f" with {inner.name!r}, so that a {inner.cls.__qualname__} before it would take"
-                    " it for a subsection of its own; use another name"
-                )
-
-
-def _ends(fields: tuple[Field, ...]) -> list[Plan]:
-    """The states that may be the last of some fields, innermost included."""
-    found: list[Plan] = []
-    for field in reversed(fields):
-        kind = field.kind.element if isinstance(field.kind, Elements) else field.kind
-        if isinstance(kind, Struct | Temporary):
-            found += [kind.plan, *_ends(kind.plan.fields)]
-        if not _may_be_empty(field):
-            break
-    return found
-
-
-def _may_be_empty(field: Field) -> bool:
-    """Whether the field may have no bytes."""
-    kind = field.kind.element if isinstance(field.kind, Elements) else field.kind
-    if isinstance(kind, Struct | Temporary):
-        return field.conditional or field.since > 0 or all(map(_may_be_empty, kind.plan.fields))
-    counted = getattr(field.kind, "count", None) is not None
-    return field.conditional or field.since > 0 or counted or isinstance(kind, Custom)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import ExitStack
+from types import UnionType
 from typing import Any, Final, TypeAlias
 
 from vmferry.errors import StateError
@@ -19,7 +20,7 @@ from .codec import needed_part
 from .declare import vmstate_of
 from .staging import begin_saving, run_hook
 from .transfer import plan_of_object
-from .values import check_class
+from .values import check_class, shown
 
 Json: TypeAlias = dict[str, Any]
 
@@ -154,9 +155,11 @@ def _value(kind: p.Kind, value: Any, after: ExitStack) -> tuple[Json, int]:
             check_class(value, plan)
             inner, size = _state(plan, plan.version, value, after)
         case p.Queue(plan):
+            _check_type(value, list)
             inner, size = _linked([(plan, item) for item in value], after)
             size += _MARK + _MARK * len(value)
         case p.Tree():
+            _check_type(value, dict)
             nodes = [
                 pair
                 for key, item in value.items()
@@ -167,12 +170,18 @@ def _value(kind: p.Kind, value: Any, after: ExitStack) -> tuple[Json, int]:
         case p.Bytes(count=None):
             size = kind.size
         case p.Bytes():
+            _check_type(value, bytes | bytearray | memoryview)
             size = len(value)
         case p.Custom(codec):
             size = len(run_hook(codec.type, codec.save, value))
         case _:
             size = p.fixed_size(kind)
     return {"type": kind.type} | inner | {"size": size}, size
+
+
+def _check_type(value: Any, types: type[Any] | UnionType) -> None:
+    if not isinstance(value, types):
+        raise StateError("what is declared", shown(value))
 
 
 def _linked(states: list[tuple[p.Plan, Any]], after: ExitStack) -> tuple[Json, int]:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from vmferry.errors import StateError
 
 from . import plan as p
-from .staging import Frame, Kept, Loader, Saver
+from .staging import WHOLE, Frame, Kept, Loader, Saver
 from .values import States, check_class, pack_one, shown
 
 _MORE: Final = b"\1"
@@ -50,7 +50,7 @@ class Queue:
             except StateError as error:
                 raise error.inside(f"[{index}]") from error.__cause__
         if isinstance(current, list):
-            loader.commits.append((current, None, items))
+            loader.commits.append((current, WHOLE, items))
             return Kept(items)
         return items
 

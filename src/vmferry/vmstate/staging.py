@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import repeat
 from types import FunctionType, MethodType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from vmferry.errors import StateError
 
@@ -22,6 +22,10 @@ from .plan import Plan
 R = TypeVar("R")
 
 Hook: TypeAlias = Callable[[], None]
+
+
+WHOLE: Final = slice(None)
+"""All of a list."""
 
 
 @dataclass(slots=True)
@@ -39,14 +43,14 @@ class Saver:
 class Loader:
     """Where decoding is, and what is to be done when it has come through.
 
-    An entry of ``commits`` is an object, names and values; or without names, a list or buffer whose
-    content the values are to become.  ``recording`` says that a predicate may ask for any field.
+    An entry of ``commits`` is an object, names and values; or a list or buffer, the slice of it
+    that changes, and what it becomes.  ``recording`` says that a predicate may ask for any field.
     """
 
     data: memoryview
     at: int
     recording: bool = False
-    commits: list[tuple[Any, tuple[str, ...] | None, Sequence[Any]]] = field(default_factory=list)
+    commits: list[tuple[Any, tuple[str, ...] | slice, Sequence[Any]]] = field(default_factory=list)
     after: list[Hook] = field(default_factory=list)
 
     def take(self, size: int) -> int:
@@ -60,8 +64,8 @@ class Loader:
     def commit(self) -> None:
         """Make the assignments."""
         for target, names, values in self.commits:
-            if names is None:
-                target[:] = values
+            if isinstance(names, slice):
+                target[names] = values
             else:
                 # A loop of setattr that runs in C.
                 deque(map(setattr, repeat(target), names, values), 0)

@@ -127,8 +127,7 @@ class Bytes:
             return bytes(data)
         fixed = kind.count is None
         if isinstance(current, bytearray) and len(current) == (kind.total if fixed else size):
-            target = memoryview(current)[kind.start : kind.start + size]
-            loader.commits.append((target, None, data))
+            loader.commits.append((current, slice(kind.start, kind.start + size), data))
             return Kept(data)
         if fixed and size != kind.total:
             raise StateError(f"a bytearray of {kind.total} to load into", shown(current))
