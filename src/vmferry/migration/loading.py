@@ -68,7 +68,8 @@ class _Region:
 
     offset: int
     footers: bool
-    data: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    parts: list[bytes] = field(default_factory=list)
     ends: dict[int, int] = field(default_factory=dict)
 
 
@@ -138,16 +139,17 @@ class _Check:
     def _collect(self, section: DeviceSection | DeviceRegion) -> None:
         footers = isinstance(section, DeviceSection) and section.footer
         region = self._regions[-1] if self._regions else None
-        if region is None or region.offset + len(region.data) != section.offset:
+        if region is None or region.offset + region.size != section.offset:
             region = _Region(section.offset, footers)
             self._regions.append(region)
         if isinstance(section, DeviceSection) and section.described:
-            start = len(region.data) + len(section.head)
+            start = region.size + len(section.head)
             region.ends[start] = start + len(section.body)
-        region.data += section.encode()
+        region.parts.append(section.encode())
+        region.size += section.size
 
     def _decode(self, region: _Region) -> Iterator[tuple[Device, Staged]]:
-        raw = bytes(region.data)
+        raw = b"".join(region.parts)
         at = 0
         while at < len(raw):
             head, start = read_head(raw, at, region.offset)
