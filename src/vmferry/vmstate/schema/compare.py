@@ -146,8 +146,12 @@ class _Check:
 
     def _gap(self, gap: Gap[FieldSchema, FieldSchema], spot: Spot) -> Iterator[Finding]:
         """Fields that take each other's place, or nothing's."""
-        if gap.sent == gap.wanted and not gap.moved:
-            return
+        while gap.sent and gap.wanted and gap.sent[0] == gap.wanted[0]:
+            gap.sent.pop(0)
+            gap.wanted.pop(0)
+        while gap.sent and gap.wanted and gap.sent[-1] == gap.wanted[-1]:
+            gap.sent.pop()
+            gap.wanted.pop()
         if gap.sent and gap.wanted:
             replaced = self._replaced(gap, spot)
             if replaced is not None:
