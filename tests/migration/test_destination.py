@@ -15,6 +15,7 @@ import pytest
 
 import vmferry
 from tests.pages.twins import PAGE, ZERO, record
+from tests.support.recorded import recorded
 from tests.wire.streams import BLOCKS, CONFIGURATION, END, HEADER, K, end, join, part, start
 from tests.wire.streams import TAIL as DEVICES
 from vmferry.wire.commands import EnableColo, OpenReturnPath, Ping
@@ -329,3 +330,14 @@ def test_after_a_failure_the_next_attempt_succeeds(attempt: Callable[[], Attempt
     receiving = attempt()
     answers(receiving.connect(main(zero(0))))
     assert receiving.finish() is None
+
+
+def test_a_section_that_cannot_be_kept_is_refused_before_anything_is_lost(
+    attempt: Callable[[], Attempt],
+) -> None:
+    receiving = attempt()
+    receiving.connect(bytes(recorded("ppc64-pseries")[0].sent[:1000]), close=True)
+    error = receiving.finish()
+    assert isinstance(error, vmferry.PeerError)
+    assert "spapr/htab" in str(error)
+    assert not receiving.directory.exists()

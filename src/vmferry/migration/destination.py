@@ -14,6 +14,7 @@ import numpy as np
 from vmferry.errors import ChannelClosed, PeerError, StreamError, TransportError, VmferryError
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
+from vmferry.wire import foreign
 from vmferry.wire.bitmap import BitmapRecord
 from vmferry.wire.commands import (
     Command,
@@ -35,7 +36,7 @@ from vmferry.wire.multifd import Method
 from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush, RamPages
 from vmferry.wire.reader import StreamReader, Tolerate
 from vmferry.wire.return_path import Pong, SwitchoverAck
-from vmferry.wire.sections import Header, SectionEnd, SectionPart
+from vmferry.wire.sections import Header, SectionEnd, SectionPart, SectionStart
 
 from .answers import Answers
 from .claims import PageClaims
@@ -45,6 +46,8 @@ from .sink import Sink
 
 _SILENCE: Final = 1.0
 """Seconds after which a source that waits for an answer has nothing more to send."""
+
+_NOT_KEPT: Final = frozenset({foreign.S390_ATTRIBUTES, foreign.SPAPR_HTAB})
 
 _POSTCOPY: Final = (Package, RamDiscard, PostcopyResume, ReceivedBitmap)
 
@@ -211,8 +214,8 @@ class Destination:
                 self._command(event)
             case RamBlocks():
                 self._prepare_memory(event)
-            case SectionPart() | SectionEnd():
-                self._iterating = True
+            case SectionStart() | SectionPart() | SectionEnd():
+                self._section(event)
             case RamFlush() | RamEnd():
                 self._synchronise(is_flush=isinstance(event, RamFlush))
             case DiskChunk():
@@ -225,6 +228,14 @@ class Destination:
                 self._sink.device(event, early=not self._iterating)
             case VmDescription():
                 self._sink.description(event)
+
+    def _section(self, event: SectionStart | SectionPart | SectionEnd) -> None:
+        if event.name in _NOT_KEPT:
+            raise PeerError(
+                f"the machine has a section {event.name}, which cannot be kept yet;"
+                " inspect reads it from a stream file (in QEMU: migrate exec:cat>FILE)"
+            )
+        self._iterating = not isinstance(event, SectionStart)
 
     # Guest memory
 
