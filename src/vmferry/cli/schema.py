@@ -172,11 +172,11 @@ def _write_text(findings: Sequence[Finding], titles: Titles) -> None:
 
 def _text(findings: Sequence[Finding], titles: Titles) -> Iterator[str]:
     """The findings by direction and device, with what they come to."""
-    from .output import heading, name
+    from .output import heading, name, one_line
 
     for direction, (source, target) in titles.items():
         found = [finding for finding in findings if finding.direction == direction]
-        yield heading(f"{name(source)} into {name(target)}: {_verdict(found)}")
+        yield heading(one_line(f"{source} into {target}: {_verdict(found)}"))
         for device, group in groupby(found, key=lambda finding: finding.device):
             yield f"  {name(device) if device else 'in all'}"
             for finding in group:
