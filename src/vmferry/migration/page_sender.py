@@ -9,6 +9,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
@@ -68,17 +69,16 @@ class PageSender:
         for number, channel in enumerate(channels):
             channel.name = f"multifd {number}"
             channel.send([Hello(uuid, number).encode()], idle)
-        self._threads = [
-            threading.Thread(
-                target=self._run,
-                args=(channel, _COMPRESSORS[method]()),
-                name=channel.name,
-                daemon=True,
-            )
-            for channel in channels
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for channel in channels:
+                work = (channel, _COMPRESSORS[method]())
+                thread = threading.Thread(target=self._run, args=work, daemon=True)
+                thread.name = channel.name
+                thread.start()
+                self._threads.append(thread)
+            undo.pop_all()
 
     def send_block(self, block: RamBlock, store: PageStore) -> None:
         """Queue all pages of the block that have content."""
@@ -99,9 +99,12 @@ class PageSender:
             self._meter.count(transferred=len(header))
 
     def close(self) -> None:
-        """End the threads; the channels belong to the caller."""
+        """End the threads; the channels belong to the caller.
+
+        After a failure they must be shut down before, or this may wait as long as a send does.
+        """
         for _ in self._threads:
-            self._jobs.put(None)  # never blocks for long: after a failure the queue runs empty
+            self._jobs.put(None)
         for thread in self._threads:
             thread.join()
 
@@ -117,7 +120,7 @@ class PageSender:
                 if self._failure is None:
                     self._send(channel, job, compressor, buffer)
             except Exception as error:  # noqa: BLE001 - raised by the next call of the owner
-                self._failure = error
+                self._failure = self._failure or error  # the others follow from the first
             finally:
                 self._jobs.task_done()
         self._jobs.task_done()

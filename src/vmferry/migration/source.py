@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 from uuid import UUID
 
-from vmferry.errors import ChannelClosed, PeerError, UsageError
+from vmferry.errors import ChannelClosed, TransportError, UsageError
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
 from vmferry.wire.commands import OpenReturnPath, Ping
@@ -31,7 +31,6 @@ from vmferry.wire.machine import machine_version
 from vmferry.wire.multifd import READABLE, Method
 from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush
 from vmferry.wire.reader import VERSIONS
-from vmferry.wire.return_path import ReturnPathReader, Shut
 from vmferry.wire.sections import (
     EndOfStream,
     Header,
@@ -45,6 +44,7 @@ from .batches import Batch, BatchWriter
 from .outgoing import Outgoing
 from .page_sender import PageSender
 from .progress import Meter
+from .verdict import Verdict
 
 _FLUSHES_SINCE: Final = (8, 1)
 """Machine types from this version on synchronise multifd by a record, not at each section's end."""
@@ -121,17 +121,30 @@ class Source:
         except BaseException:
             self._meter.phase("failed")
             raise
+        self._meter.phase("completed" if self._main.duplex else "sent")
 
     def _run(self) -> None:
         with ExitStack() as cleanup:
-            self._main = self._open(cleanup)
-            self._main.name = "main"
+            main = self._main = self._open(cleanup)
+            main.name = "main"
+            verdict = Verdict(main)
             self._meter.start()
-            self._send_all(cleanup)
-            if self._main.duplex:
-                self._await_answer()
-            self._main.end_of_data()
-            self._meter.phase("completed" if self._main.duplex else "sent")
+            try:
+                self._send_all(cleanup)
+                if main.duplex:
+                    self._meter.phase("loading")
+                    verdict.await_success(self._options.answer)
+                main.end_of_data()
+            except BaseException as error:
+                refusal = None
+                if isinstance(error, TransportError) and main.duplex and not self._cancelled:
+                    refusal = verdict.refusal()
+                # No thread shall wait for a channel that nobody reads any more.
+                for channel in self._channels:
+                    channel.shutdown()
+                if refusal is not None:
+                    raise refusal from None
+                raise
 
     def cancel(self) -> None:
         """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
@@ -140,6 +153,7 @@ class Source:
         have the machine already, and this side does not hear of it.
         """
         self._cancelled = True
+        self._limit.shutdown()
         for channel in list(self._channels):
             channel.shutdown()
 
@@ -192,7 +206,9 @@ class Source:
         self._meter.active(sum(block.length for block in machine.blocks), machine.page_size)
         if machine.disks:
             self._section(_start(self._disk, DISK_SECTION), [DiskEnd()])
-        self._ram_section(_start(self._ram, RAM_SECTION), [RamBlocks(tuple(machine.blocks))])
+        # Page sizes belong to sources that announce postcopy; nobody else reads them.
+        blocks = tuple(replace(block, page_size=None) for block in machine.blocks)
+        self._ram_section(_start(self._ram, RAM_SECTION), [RamBlocks(blocks)])
         if starts := [r for r in machine.bitmaps if isinstance(r, BitmapStart)]:
             self._section(_start(self._bitmap, BITMAP_SECTION), [*starts, BitmapsEnd()])
 
@@ -259,26 +275,6 @@ class Source:
         self._main.send(parts, self._options.idle)
         self._meter.count(transferred=sum(len(part) for part in parts))
         self._meter.tick()
-
-    # The way back
-
-    def _await_answer(self) -> None:
-        """Wait for the destination's verdict; only its success ends the migration."""
-        self._meter.phase("loading")
-        reader = ReturnPathReader()
-        while True:
-            for message in reader.events():
-                if isinstance(message, Shut):
-                    if message.status == 0:
-                        return
-                    raise PeerError("the destination refused the machine; its own messages say why")
-            if reader.buffer.ended:
-                raise PeerError(
-                    "the destination closed the connection without saying that it has loaded the"
-                    " machine; its own messages say why"
-                )
-            count = self._main.recv_into(reader.buffer.room(), self._options.answer)
-            reader.buffer.received(count)
 
 
 def _start(number: int, name: str) -> SectionStart:
