@@ -173,14 +173,14 @@ def stream_description() -> Any:
 def test_nothing_but_our_errors_comes_of_a_changed_dump(data: st.DataObject) -> None:
     changed = small()
     for _ in range(data.draw(st.integers(1, 4))):
-        target, key = data.draw(st.sampled_from(places(changed)))
+        target, key = data.draw(st.sampled_from(places([changed])))
         match data.draw(st.sampled_from(["put", "put", "drop", "copy"])):
             case "put":
                 target[key] = data.draw(st.sampled_from(VALUES))
             case "drop":
                 del target[key]
             case "copy":
-                source, other = data.draw(st.sampled_from(places(changed)))
+                source, other = data.draw(st.sampled_from(places([changed])))
                 target[key] = json.loads(json.dumps(source[other]))
     try:
         schema = parsed(changed)

@@ -167,6 +167,18 @@ CASES: dict[str, tuple[Json, Json, list[tuple[Kind, Severity, str]]]] = {
         state("serial", field("unused", 3)),
         [(Kind.FIELDS_REGROUPED, NOTE, "serial.a")],
     ),
+    "gap under a condition": (
+        body("serial", sent("unused[0]", 4, "unused_buffer"), THR),
+        state(
+            "serial", field("unused", 4, maybe=True), field("unused", 2, maybe=True), field("thr")
+        ),
+        [(Kind.FIELD_UNKNOWN, MAY_BREAK, "serial.unused[0]")],
+    ),
+    "gap under a condition that holds": (
+        body("serial", sent("unused", 4, "unused_buffer"), THR),
+        state("serial", field("unused", 4, maybe=True), field("thr")),
+        [],
+    ),
     "order": (
         body("serial", sent("a"), sent("b", 2, "uint16")),
         state("serial", field("b", 2), field("a")),

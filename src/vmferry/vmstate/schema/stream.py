@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Final
 
@@ -46,7 +46,8 @@ _PLAIN: Final = frozenset(
 )
 """Types of as many bytes on the wire as in memory."""
 
-_BYTES: Final = frozenset({"buffer", "unused_buffer"})
+_GAP_TYPE: Final = "unused_buffer"
+_BYTES: Final = frozenset({"buffer", _GAP_TYPE})
 _ONE_BYTE: Final = _BYTES | {"bool", "int8", "uint8", "uint8 equal"}
 """Types that may have one byte; of any other, that is the mark of a pointer that is NULL."""
 
@@ -199,17 +200,20 @@ def _fits(element: FieldDescription, size: int) -> bool:
 def _gap(gap: Gap[_Sent, FieldSchema], spot: Spot) -> Iterator[Finding]:
     # A field under a condition that did not hold is not there.
     missing = [field for field in gap.wanted if not field.conditional]
-    if gap.sent and missing:
-        values = leaves(missing)
-        if values is not None and total(values) == sum(sent.size for sent in gap.sent):
-            if is_gap(missing) and all(sent.first.type == "unused_buffer" for sent in gap.sent):
-                return
-            words = " and ".join(f"{sent.first.name} ({sent.form})" for sent in gap.sent)
-            first = spot.at(gap.sent[0].first.name)
-            yield first.note(Kind.FIELDS_REGROUPED, forms(missing), words)
+    possible = [replace(field, conditional=False) for field in gap.wanted]
+    size = sum(sent.size for sent in gap.sent)
+    for fields in (missing, possible) if gap.sent else ():
+        values = leaves(fields)
+        if values and total(values) == size:
+            if not is_gap(fields) or any(sent.first.type != _GAP_TYPE for sent in gap.sent):
+                words = " and ".join(f"{sent.first.name} ({sent.form})" for sent in gap.sent)
+                first = spot.at(gap.sent[0].first.name)
+                yield first.note(Kind.FIELDS_REGROUPED, forms(fields), words)
             return
     for sent in gap.sent:
-        yield spot.at(sent.first.name).breaks(Kind.FIELD_UNKNOWN, "no such field", sent.form)
+        inner = spot.at(sent.first.name)
+        told = inner.breaks if len(missing) == len(possible) else inner.may_break
+        yield told(Kind.FIELD_UNKNOWN, "no such field", sent.form)
     for field in missing:
         inner = spot.at(field.name)
         untold = field.type is None and field.struct is not None and field.count is None
