@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import vmferry
 from guests import Serial, check_ram
-from tests.support.capture import Scenario, finish_migration
+from tests.support.capture import Scenario, finish_migration, keep_on_one_processor
 from tests.transports.support import background
 from vmferry.checkpoint.checkpoint import StoredPages
 from vmferry.errors import PeerError
@@ -104,6 +104,7 @@ class Lab:
         qemu = self._start_qemu(
             *scenario.arguments(self.directory()), *more, target=scenario.target
         )
+        keep_on_one_processor(qemu)
         vm = Vm(qemu, Serial(qemu.serial))
         if scenario.target == "x86_64" and scenario.start != "none":
             vm.serial.wait_beat()

@@ -54,6 +54,16 @@ CAPABILITIES = [
         with_capabilities("postcopy-ram", "postcopy-preempt"),
         ["postcopy-ram", "return-path"],
     ),
+    row(
+        "multifd-postcopy-ram",
+        with_capabilities("multifd", "postcopy-ram"),
+        ["multifd", "postcopy-ram", "return-path"],
+    ),
+    row(
+        "multifd-postcopy-preempt",
+        with_capabilities("multifd", "postcopy-ram", "postcopy-preempt"),
+        ["multifd", "postcopy-ram", "return-path"],
+    ),
     row("auto-converge", with_capabilities("auto-converge"), []),
     row("events", with_capabilities("events"), []),
     row(
@@ -118,6 +128,34 @@ def test_paused_machine_stays_paused_and_can_be_resumed_again_and_again(lab: Lab
         assert resumed.run_state == "paused"
         resumed.qemu.execute("cont")
         lab.assert_counts(resumed, stopped_at)
+
+
+def test_source_that_pauses_before_it_switches_over_is_waited_for(lab: Lab) -> None:
+    """At ``pre-switchover`` the guest stands still and nothing comes until somebody lets it go."""
+    scenario = with_capabilities("pause-before-switchover", "return-path")
+    source = lab.source(scenario)
+    arrival = lab.arrival()
+    lab.depart(source, scenario, arrival.address)
+    source.qemu.prepare_migration(parameters={"downtime-limit": 2_000_000})
+    source.qemu.wait_migration("pre-switchover")
+    source.qemu.execute("migrate-continue", {"state": "pre-switchover"})
+    source.qemu.wait_migration()
+    checkpoint = lab.saved(arrival.result(), scenario)
+    lab.assert_goes_on(lab.resume(checkpoint, scenario), source, scenario)
+
+
+def test_source_may_be_let_run_again_and_saved_again(lab: Lab) -> None:
+    """A checkpoint takes nothing away: ``cont`` brings the machine back, and each save is whole."""
+    scenario = replace(DISKED, capabilities=("return-path",))
+    source = lab.source(scenario)
+    counters = []
+    for _ in range(2):
+        checkpoint = lab.receive(source, scenario)
+        counters.append(source.serial.drain())
+        source.qemu.execute("cont")
+        source.serial.wait_beat(after=counters[-1])
+    assert counters[0] < counters[1]
+    lab.assert_counts(lab.resume(checkpoint, scenario), counters[1], scenario)
 
 
 def test_background_snapshot_is_the_machine_as_it_was_when_it_began(lab: Lab) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -119,6 +122,7 @@ def migrated(scenario: Scenario) -> Iterator[Migrated]:
         )
         arguments = scenario.arguments(directory)
         source = stack.enter_context(QemuProcess(arguments, target=scenario.target))
+        keep_on_one_processor(source)
         target = directory / "target" if scenario.destination else None
         destination = None
         if target:
@@ -161,6 +165,20 @@ def capture(scenario: Scenario) -> tuple[Channel, ...]:
     """The bytes of each channel of *scenario*, the main one first; made once in a test run."""
     with migrated(scenario) as done:
         return tuple(done.channels)
+
+
+def keep_on_one_processor(source: QemuProcess) -> None:
+    """Let all threads of *source* run on one processor, those that a migration starts too.
+
+    Under TCG, QEMU 7.2 loses a write now and then: a guest that has just found its page to be dirty
+    stops watching it, while the migration takes note of the page and starts to.  From then on that
+    page is stale, at a destination of QEMU's own too: in 5 of 212 migrations of a mac99 on a busy
+    machine, and in none of 431 on one processor, where the two threads hardly ever meet.
+    """
+    processor = random.choice(sorted(os.sched_getaffinity(0)))  # noqa: S311 - nothing secret
+    for task in Path(f"/proc/{source.pid}/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # a helper of QEMU that has just ended
+            os.sched_setaffinity(int(task.name), {processor})
 
 
 def finish_migration(source: QemuProcess, scenario: Scenario) -> None:
