@@ -7,9 +7,10 @@ cancelled, so that the source hears of it and what was begun is removed.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
 from types import FrameType
@@ -22,6 +23,10 @@ _SIGNALS: Final = {
     signal.SIGTERM: "terminated",
     signal.SIGHUP: "hung up",
 }
+
+
+_LONGEST: Final = 0.1
+"""Seconds that the main thread waits at once."""
 
 
 class Interrupted(BaseException):
@@ -121,7 +126,7 @@ def supervised(run: Callable[[Work], T], *, patience: float | None = None) -> T:
 
     _handle(lambda number, _frame: news.put(Interrupted(number)))
     Thread(target=carry_out, daemon=True).start()
-    interrupted = news.get()
+    interrupted = _next(news)
     if interrupted is not None:
         work.cancel()
         if not _stops(news, patience):
@@ -135,6 +140,23 @@ def supervised(run: Callable[[Work], T], *, patience: float | None = None) -> T:
 def _stops(news: SimpleQueue[Interrupted | None], patience: float | None) -> bool:
     """Whether the next thing to hear of is that the work has stopped."""
     try:
-        return news.get(timeout=patience) is None
+        return _next(news, patience) is None
     except Empty:
         return False
+
+
+def _next(
+    news: SimpleQueue[Interrupted | None], patience: float | None = None
+) -> Interrupted | None:
+    """Wait for news, *patience* seconds at most; raises ``Empty`` behind.
+
+    A signal that comes in just before a wait does not end it, and its handler runs only after it:
+    so no single wait is long.
+    """
+    deadline = None if patience is None else time.monotonic() + patience
+    while True:
+        left = _LONGEST if deadline is None else min(_LONGEST, deadline - time.monotonic())
+        with suppress(Empty):
+            return news.get(timeout=max(left, 0))
+        if deadline is not None and time.monotonic() >= deadline:
+            raise Empty
