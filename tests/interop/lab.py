@@ -52,24 +52,26 @@ class Vm:
 
 
 class Arrival:
-    """A ``vmferry.receive`` that runs in the background."""
+    """A ``vmferry.receive`` that runs in the background; ``progress`` is what it last reported."""
 
     def __init__(self, uri: str, directory: Path, **options: Any) -> None:
         started: queue.SimpleQueue[Destination] = queue.SimpleQueue()
         self.directory = directory
+        self.progress = vmferry.Progress("setup")
         self._result = background(
-            lambda: vmferry.receive(uri, directory, started=started.put, **options)
+            lambda: vmferry.receive(
+                uri, directory, started=started.put, progress=self._report, **options
+            )
         )
         self.destination = started.get(timeout=PATIENCE)
         self.address = self.destination.address
 
+    def _report(self, progress: vmferry.Progress) -> None:
+        self.progress = progress
+
     def result(self) -> vmferry.Checkpoint:
         """The checkpoint, once everything has come."""
         return self._result.result(PATIENCE)
-
-    def error(self) -> BaseException | None:
-        """What went wrong, once it has ended."""
-        return self._result.exception(PATIENCE)
 
 
 class Lab:
