@@ -30,14 +30,16 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
         streams[guest] = where.work / f"{guest.name}.stream"
         with source(guest, where.work) as qemu:
             qemu.migrate(f"exec:cat >{streams[guest]}")
-    script = _script(where.work)
+    script, stream = _script(where.work), str(streams[full])
     samples = Samples(
         {
             "analyze": lambda: run(
-                [sys.executable, str(script()), "-f", str(streams[full]), "-d", "state"]
+                [sys.executable, str(script()), "-f", stream, "-d", "state"],
             ),
-            "inspect": lambda: run(vmferry("inspect", str(streams[full]))),
-            "json": lambda: run(vmferry("inspect", "--json", str(streams[full]))),
+            "inspect": lambda: run(vmferry("inspect", stream)),
+            "json": lambda: run(vmferry("inspect", "--json", stream)),
+            "open_stream": lambda: _within_python(stream),
+            "dd": lambda: run(["dd", f"if={stream}", "of=/dev/null", "bs=1M", "status=none"]),
             "empty": lambda: run(vmferry("inspect", str(streams[empty]))),
             "long": lambda: _repeated(streams[full]),
         },
@@ -49,24 +51,38 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
         path.unlink()
 
 
+def _within_python(stream: str) -> Sample:
+    """``open_stream`` by itself, after everything is imported."""
+    script = (
+        "import sys, time; from vmferry import open_stream; start = time.perf_counter();"
+        " open_stream(sys.argv[1]); print(time.perf_counter() - start)"
+    )
+    with Process([sys.executable, "-c", script, stream]) as process:
+        seconds = float(process.line())
+        process.wait()
+        return {"seconds": seconds}
+
+
 def _times(samples: Samples, title: str) -> Iterator[Row]:
     shown = {
         "analyze": "analyze-migration.py -d state",
         "inspect": "inspect",
         "json": "inspect --json",
+        "open_stream": "open_stream() without the start of Python",
+        "dd": "dd to /dev/null, to read the file and no more",
     }
     for case, what in shown.items():
         yield samples.row(
             f"inspect/{case}", f"{title}: {what}", "ms", case, milliseconds("seconds")
         )
-    for case in ("inspect", "json"):
+    for case in ("inspect", "json", "open_stream"):
         yield samples.ratio(
             f"inspect/{case}/analyze",
             f"{title}: {shown[case]}, times as fast as analyze-migration.py",
             case,
             "analyze",
             pace,
-            Target(20),
+            None if case == "open_stream" else Target(20),
         )
 
 

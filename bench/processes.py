@@ -19,7 +19,13 @@ from bench.measure import Sample, Unmeasured
 TIMEOUT = 300.0
 """Seconds after which a process is killed."""
 
-_WARM = 3 << 29
+_WARM = """
+import mmap
+taken = [mmap.mmap(-1, 3 << 29, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+for memory, size in zip(taken, (mmap.MADV_HUGEPAGE, mmap.MADV_NOHUGEPAGE)):
+    memory.madvise(size)
+    memory.madvise(23)  # MADV_POPULATE_WRITE, Linux 5.14
+"""
 
 
 class Process:
@@ -88,14 +94,18 @@ class Process:
 
     def event(self, name: str) -> dict[str, Any]:
         """Wait for an event of ``--json``."""
-        if self.output is None:
-            raise Unmeasured("this process says nothing")
-        for line in self.output:
-            event: dict[str, Any] = json.loads(line)
+        while True:
+            event: dict[str, Any] = json.loads(self.line())
             if event["event"] == name:
                 return event
-        self.wait()
-        raise Unmeasured(f"it ended without saying {name}")
+
+    def line(self) -> bytes:
+        """The next line of its output."""
+        line = self.output.readline() if self.output else b""
+        if not line:
+            self.wait()
+            raise Unmeasured("it ended without saying what it should")
+        return line
 
 
 def vmferry(*arguments: str) -> list[str]:
@@ -110,11 +120,10 @@ def run(command: Sequence[str]) -> Sample:
 
 
 def warm_memory() -> None:
-    """Take as much memory as a sample may need, and give it back.
+    """Take as much memory as a sample may need, in large pages and small ones, and give it back.
 
     In a virtual machine the host may hand out memory when it is touched first, and get back what
     lies free: taking it then costs ten times as much, and whoever comes first would pay.
     """
     # Not in this process, whose own peak counts in that of those it starts.
-    flags = "mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE"
-    run([sys.executable, "-c", f"import mmap; mmap.mmap(-1, {_WARM}, flags={flags})"])
+    run([sys.executable, "-c", _WARM])
