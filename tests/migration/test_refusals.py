@@ -80,7 +80,7 @@ BROKEN: dict[str, tuple[bytes, type[VmferryError], str]] = {
     "page before memory": (OPEN + part(page(1, 1)), StreamError, "section that was started"),
     "page outside": (RUNNING + part(page(64, 1))[:30], StreamError, "a page below 0x40000"),
     "xbzrle that overruns": (RUNNING + part(XBZRLE_OVERRUN), StreamError, "runs fit"),
-    "disk of 8 EiB": (OPEN + huge_disk(), LimitExceeded, "a disk of at most"),
+    "disk of 8 EiB": (OPEN + huge_disk(), LimitExceeded, "bytes of disks"),
     "postcopy by discard": (ADVISED + DISCARD, PeerError, "switched to postcopy"),
     "postcopy by package": (ADVISED + PACKAGE, PeerError, "switched to postcopy"),
     "postcopy not announced": (RUNNING + DISCARD, StreamError, "postcopy announced"),

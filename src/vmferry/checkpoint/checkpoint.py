@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -18,71 +18,26 @@ from uuid import UUID
 
 import numpy as np
 
-from vmferry.errors import CheckpointDamaged, StreamError
+from vmferry.errors import CheckpointDamaged, StorageError, StreamError
 from vmferry.wire.bitmap import BitmapReader, BitmapRecord, BitmapStart
 from vmferry.wire.buffer import Cursor, ReceiveBuffer
 from vmferry.wire.configuration import Configuration
-from vmferry.wire.description import parse_description
+from vmferry.wire.description import VmDescription, parse_description
 from vmferry.wire.devices import DeviceRegion, DeviceSection
 from vmferry.wire.layout import DISK_CHUNK_SIZE, Kind
 from vmferry.wire.ram import RamBlock
+from vmferry.wire.reader import physical_memory
 from vmferry.wire.sections import SectionFooter, SectionStart
 
 from . import manifest as m
-from .pages import Sums, check_pages, storage_error
-from .survey import BlockSurvey, DiskSurvey, SectionSurvey, Survey, total_size
+from .files import FileEntry, open_inside, read_inside, storage_error
+from .manifest_reader import read_manifest
+from .pages import Sums
+from .stored import StoredPages
+from .survey import BlockSurvey, DiskSurvey, SectionSurvey, Survey
 
-_IOV_MAX: Final = os.sysconf("SC_IOV_MAX")
-"""How many pieces the kernel fills in one call."""
-
-
-class StoredPages:
-    """The pages of a RAM block or disk in a checkpoint; a ``PageStore`` of a source."""
-
-    def __init__(self, path: Path, size: int, page_size: int, sums: Callable[[], Sums]) -> None:
-        self.path = path
-        self.size = size
-        self.page_size = page_size
-        self._load_sums = sums
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise storage_error(path, "opened", error) from None
-
-    @cached_property
-    def sums(self) -> Sums:
-        """A number for each page, 0 for a zero page."""
-        return self._load_sums()
-
-    def read(self, offset: int, *buffers: memoryview) -> None:
-        """Fill *buffers*, one behind the other, with the bytes from *offset* on.
-
-        May be called by several threads.
-        """
-        left = list(buffers)
-        while left:
-            window = left[:_IOV_MAX]
-            try:
-                count = os.preadv(self._fd, window, offset)
-            except OSError as error:
-                raise storage_error(self.path, "read", error) from None
-            if count == 0:
-                raise CheckpointDamaged(f"{self.path}: shorter than {self.size} bytes")
-            offset += count
-            if count == sum(map(len, window)):  # nearly always
-                del left[:_IOV_MAX]
-                continue
-            while count >= len(left[0]):
-                count -= len(left.pop(0))
-            left[0] = left[0][count:]
-
-    def verify(self) -> None:
-        """Hold every page against its sum."""
-        check_pages(self.path, self.sums, self.page_size)
-
-    def close(self) -> None:
-        """Give the file back."""
-        os.close(self._fd)
+_SECTOR: Final = 512
+"""What the file system counts in, whatever its own blocks are."""
 
 
 class Checkpoint:
@@ -94,11 +49,15 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = False) -> None:
         self.path = Path(path)
-        self.manifest = m.read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
+        self._disk_usage = self._check_sizes()
         self._open = ExitStack()
-        self._check_sizes()
         if verify:
-            self.verify()
+            try:
+                self.verify()
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -165,17 +124,15 @@ class Checkpoint:
         def sums() -> Sums:
             return np.frombuffer(self._read(entry.sums), "<u8")
 
-        pages = StoredPages(self.path / entry.file, entry.size, page_size, sums)
+        pages = StoredPages(self.path, entry.file, entry.size, page_size, sums)
         self._open.callback(pages.close)
         return pages
 
-    @cached_property
-    def bitmaps(self) -> tuple[BitmapRecord, ...]:
-        """Dirty bitmaps, as the records of their section."""
-        if self.manifest.bitmaps is None:
-            return ()
-        data = self._read(self.manifest.bitmaps)
-        return tuple(_parse_bitmaps(self.path / m.BITMAPS, data))
+    @property
+    def bitmaps(self) -> Iterator[BitmapRecord]:
+        """Dirty bitmaps, as the records of their section, read anew each time."""
+        entry = self.manifest.bitmaps
+        return iter(()) if entry is None else _parse_bitmaps(self.path, self._read(entry))
 
     # Devices
 
@@ -187,8 +144,8 @@ class Checkpoint:
         if not self.manifest.sections and not early:
             return [self._device_bytes]
         return [
-            self._device_bytes[entry.offset : entry.offset + entry.size]
-            for entry in self.manifest.sections
+            section.encode()
+            for entry, section in zip(self.manifest.sections, self.device_sections, strict=False)
             if entry.early == early
         ]
 
@@ -226,7 +183,8 @@ class Checkpoint:
         head = start.encode(Kind.FULL)
         foot = SectionFooter(entry.number).encode() if self.footers else b""
         whole = data[entry.offset : entry.offset + entry.size]
-        if not whole.startswith(head) or not whole.endswith(foot):
+        fits = len(whole) >= len(head) + len(foot)
+        if not fits or not whole.startswith(head) or not whole.endswith(foot):
             raise CheckpointDamaged(
                 f"{self.path / m.DEVICES}: section {entry.name} is not where the manifest says"
             )
@@ -256,10 +214,9 @@ class Checkpoint:
             name: DiskSurvey(len(disk.sums), int(np.count_nonzero(disk.sums == 0)), disk.size)
             for name, disk in self.disks
         }
-        description = self.description
         return Survey(
             source=str(self.path),
-            size=total_size(self.path),
+            size=self._disk_usage,
             configuration=self.configuration,
             page_size=self.page_size,
             footers=self.footers,
@@ -269,67 +226,87 @@ class Checkpoint:
             disks=disks,
             bitmaps=[record for record in self.bitmaps if isinstance(record, BitmapStart)],
             devices=list(self.device_sections),
-            description=parse_description(description) if description else None,
+            description=self._parse_description(),
             created=manifest.created or None,
         )
+
+    def _parse_description(self) -> VmDescription | None:
+        if self.description is None:
+            return None
+        try:
+            return parse_description(self.description)
+        except StreamError as error:
+            raise CheckpointDamaged(f"{self.path / m.DESCRIPTION}: {error}") from None
 
     # Checks
 
     def verify(self) -> None:
         """Read everything and hold it against its checksums."""
-        _ = self._device_bytes, self.description, self.bitmaps
-        for pages in self._memory.values():
+        _ = self.device_sections, self._parse_description()
+        for _ in self.bitmaps:
+            pass
+        for entry in self.manifest.ram:
+            pages = self._memory.get(entry.name)
+            if pages is None:
+                continue
             pages.verify()
+            if np.count_nonzero(pages.sums) != entry.data_pages:
+                raise CheckpointDamaged(
+                    f"{pages.path}: expected {entry.data_pages} pages with data, found"
+                    f" {np.count_nonzero(pages.sums)}"
+                )
         for _, disk in self.disks:
             disk.verify()
 
-    def _read(self, entry: m.FileEntry) -> bytes:
-        """A small file, which must match its checksum."""
+    def _read(self, entry: FileEntry) -> bytes:
+        """A file that is read whole, and must match its checksum."""
         path = self.path / entry.file
+        if entry.size > physical_memory():
+            raise StorageError(f"{path}: {entry.size} bytes are more than this machine can hold")
         try:
-            data = path.read_bytes()
+            data = read_inside(self.path, entry.file, entry.size)
         except OSError as error:
             raise storage_error(path, "read", error) from None
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise CheckpointDamaged(f"{path}: its content does not match its checksum")
         return data
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self) -> int:
+        """Hold the size of every file against the manifest; how much they take on disk."""
         manifest = self.manifest
         files = [manifest.devices, manifest.description, manifest.bitmaps]
         expected = [(entry.file, entry.size) for entry in files if entry is not None]
-        for pages, page_size in [(e, self.page_size) for e in manifest.ram] + [
-            (e, DISK_CHUNK_SIZE) for e in manifest.disks
-        ]:
-            if pages.size % page_size or pages.sums.size != pages.size // page_size * 8:
-                raise CheckpointDamaged(f"{self.path}: {pages.file}: sizes that do not fit")
+        stored: tuple[m.RamEntry | m.DiskEntry, ...] = (*manifest.ram, *manifest.disks)
+        for pages in stored:
             expected += [(pages.file, pages.size), (pages.sums.file, pages.sums.size)]
-        for name, size in expected:
-            try:
-                found = (self.path / name).stat().st_size
-            except OSError as error:
-                raise storage_error(self.path / name, "found", error) from None
-            if found != size:
-                raise CheckpointDamaged(f"{self.path / name}: expected {size} bytes, found {found}")
-        end = 0
-        for section in manifest.sections:
-            if section.offset != end:
-                raise CheckpointDamaged(f"{self.path}: section {section.name}: out of place")
-            end += section.size
-        if manifest.sections and end != manifest.devices.size:
-            raise CheckpointDamaged(f"{self.path}: {m.DEVICES} does not end with its last section")
+        usage = self._usage(m.NAME, None)
+        return usage + sum(self._usage(name, size) for name, size in expected)
+
+    def _usage(self, name: str, size: int | None) -> int:
+        path = self.path / name
+        try:
+            descriptor = open_inside(self.path, name)
+        except OSError as error:
+            raise storage_error(path, "opened", error) from None
+        try:
+            found = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if size is not None and found.st_size != size:
+            raise CheckpointDamaged(f"{path}: expected {size} bytes, found {found.st_size}")
+        return found.st_blocks * _SECTOR
 
 
-def _parse_bitmaps(path: Path, data: bytes) -> list[BitmapRecord]:
+def _parse_bitmaps(directory: Path, data: bytes) -> Iterator[BitmapRecord]:
     buffer = ReceiveBuffer(len(data) + 1)
     buffer.room()[: len(data)] = data
     buffer.received(len(data))
     buffer.received(0)
     reader = BitmapReader()
-    records = []
     try:
         while buffer:
-            records += [r for r in reader.body(Cursor(buffer)) if isinstance(r, BitmapRecord)]
+            for record in reader.body(Cursor(buffer)):
+                if isinstance(record, BitmapRecord):
+                    yield record
     except StreamError as error:
-        raise CheckpointDamaged(f"{path}: {error}") from None
-    return records
+        raise CheckpointDamaged(f"{directory / m.BITMAPS}: {error}") from None

@@ -7,37 +7,20 @@ protection against someone who means to deceive.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.errors import CheckpointDamaged, StorageError, StreamError
-from vmferry.pages import COMPRESS, KINDS, PAGE, XBZRLE, Rows, page_sums, rows_of, store_records
+from vmferry.errors import StreamError
+from vmferry.pages import COMPRESS, KINDS, PAGE, XBZRLE, Rows, rows_of, store_records
 from vmferry.pages.compression import inflate_page
 
-from .manifest import FileEntry
+from .files import FileEntry, storage_error, write_file
 
 Sums = npt.NDArray[np.uint64]
-
-CHUNK: Final = 1 << 20
-"""Bytes read at once when a file is gone through."""
-
-
-def storage_error(path: Path, doing: str, error: OSError | int) -> StorageError:
-    """What to raise for an *error* of the file system."""
-    number = error if isinstance(error, int) else (error.errno or 0)
-    advice = {
-        errno.ENOSPC: "; free some space or choose another file system",
-        errno.EDQUOT: "; free some space or have the quota raised",
-    }.get(number, "")
-    return StorageError(f"{path}: cannot be {doing}: {os.strerror(number)}{advice}")
 
 
 class PageFile:
@@ -119,7 +102,7 @@ class PageFile:
         except OSError as error:
             raise storage_error(self.path, "written", error) from None
         table = self.sums[: self.size // self.page_size].astype("<u8", copy=False)
-        return write_file(sums, table.tobytes())
+        return write_file(sums, table.view(np.uint8).data)
 
     @property
     def data_pages(self) -> int:
@@ -127,48 +110,6 @@ class PageFile:
         return int(np.count_nonzero(self.sums))
 
     def close(self) -> None:
-        """Give the file back."""
-        os.close(self._fd)
-
-
-def write_file(path: Path, data: bytes) -> FileEntry:
-    """Write *data* to a new durable file; returns its entry, named relative to the checkpoint."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-    except OSError as error:
-        raise storage_error(path, "written", error) from None
-    return FileEntry(path.name, len(data), hashlib.sha256(data).hexdigest())
-
-
-def check_pages(path: Path, sums: Sums, page_size: int) -> None:
-    """Hold every page of the file against its sum."""
-    found = np.zeros(max(CHUNK // page_size, 1), np.uint64)
-    for first, data in each_chunk(path, sums, page_size):
-        count = len(data) // page_size
-        page_sums(data, page_size, found)
-        wrong = np.flatnonzero(found[:count] != sums[first : first + count])
-        if len(wrong):
-            raise CheckpointDamaged(
-                f"{path}: the page at {(first + int(wrong[0])) * page_size:#x} is damaged:"
-                " its content does not match its sum"
-            )
-
-
-def each_chunk(path: Path, sums: Sums, page_size: int) -> Iterator[tuple[int, memoryview]]:
-    """The file in pieces of some pages: the first page's number, and the bytes until the next."""
-    step = max(CHUNK // page_size, 1)
-    buffer = memoryview(bytearray(step * page_size))
-    try:
-        with path.open("rb", buffering=0) as file:
-            for first in range(0, len(sums), step):
-                count = min(step, len(sums) - first)
-                piece = buffer[: count * page_size]
-                if file.readinto(piece) != len(piece):
-                    raise CheckpointDamaged(f"{path}: shorter than {len(sums) * page_size} bytes")
-                yield first, piece
-    except OSError as error:
-        raise storage_error(path, "read", error) from None
+        """Give the file back; what counts was made durable before."""
+        with suppress(OSError):
+            os.close(self._fd)

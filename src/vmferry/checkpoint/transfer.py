@@ -43,7 +43,9 @@ def receive(
     Raises :class:`~vmferry.errors.StreamError` for a bad stream,
     :class:`~vmferry.errors.TransportError` and :class:`~vmferry.errors.PeerError` for the network
     and the source, :class:`~vmferry.errors.StorageError` for the directory.  After any of these
-    there is no checkpoint, and the source, where it listens, knows that it keeps its machine.
+    there is no checkpoint, and the source, where it listens, knows that it keeps its machine.  The
+    exception is a source that cannot be told of success: then the checkpoint stays, and the error
+    says so.
     """
     with CheckpointWriter(directory) as writer, listen(uri) as listener:
         destination = Destination(

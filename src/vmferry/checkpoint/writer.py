@@ -1,7 +1,8 @@
 """Writing a checkpoint directory while a machine is received.
 
 Until :meth:`CheckpointWriter.commit` has renamed the manifest into place the directory opens as
-incomplete; a crash at any moment leaves it so, and a failure removes it.
+incomplete; a crash at any moment leaves it so, and a failure removes it.  What is committed opens:
+it was read back as a stranger's would be.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,19 +23,24 @@ import numpy as np
 from vmferry import __version__
 from vmferry.errors import LimitExceeded, StorageError, StreamError
 from vmferry.pages import PAGE, ZERO, rows_of
+from vmferry.wire import limits
 from vmferry.wire.bitmap import BitmapRecord, BitmapsEnd, BitmapStart
 from vmferry.wire.configuration import Configuration
 from vmferry.wire.description import VmDescription
 from vmferry.wire.devices import DeviceRegion, DeviceSection
 from vmferry.wire.disk import DiskChunk
-from vmferry.wire.layout import DISK_CHUNK_SIZE, IGNORE_SHARED
+from vmferry.wire.layout import DISK_CHUNK_SIZE, IGNORE_SHARED, BitmapFlag
 from vmferry.wire.ram import RamBlock, RamBlocks, RamPages
 
 from . import manifest as m
-from .pages import PageFile, storage_error, write_file
+from .files import FileEntry, storage_error, sync_directory, write_file
+from .manifest_reader import parse_manifest
+from .pages import PageFile
 
-MAX_DISK: Final = 64 << 40
-"""Bytes of one disk: larger than any image, small enough to keep a sum for each MiB."""
+MAX_DISKS: Final = 64 << 40
+"""Bytes of all disks: more than anyone sends in a stream, few enough to keep a sum for each MiB."""
+
+_BOTH_NAMES: Final = BitmapFlag.NODE_NAME | BitmapFlag.BITMAP_NAME
 
 
 class CheckpointWriter:
@@ -52,22 +59,26 @@ class CheckpointWriter:
         self._sections: list[m.SectionEntry] = []
         self._devices = bytearray()
         self._description: bytes | None = None
-        self._bitmaps: list[BitmapRecord] = []
+        self._bitmap_starts = bytearray()
+        self._bitmap_bits = bytearray()
         self._existed = False
         self._committed = False
 
     def __enter__(self) -> Self:
-        try:
-            self._existed = self.path.exists()
-            if self._existed and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise StorageError(f"{self.path}: exists already; choose a new directory")
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            (self.path / m.PARTIAL).touch(mode=0o600)
-        except OSError as error:
-            if not self._existed:
-                with suppress(OSError):
-                    self.path.rmdir()
-            raise storage_error(self.path, "created", error) from None
+        with ExitStack() as undo:
+            try:
+                self._existed = self.path.exists()
+                if self._existed and (not self.path.is_dir() or any(self.path.iterdir())):
+                    raise StorageError(f"{self.path}: exists already; choose a new directory")
+                if not self._existed:
+                    self.path.mkdir(mode=0o700)
+                    undo.callback(_try, self.path.rmdir)
+                (self.path / m.PARTIAL).touch(mode=0o600, exist_ok=False)
+                undo.callback(_try, (self.path / m.PARTIAL).unlink)
+                self._make_name_durable()
+            except OSError as error:
+                raise storage_error(self.path, "created", error) from None
+            undo.pop_all()
         return self
 
     def __exit__(
@@ -78,18 +89,26 @@ class CheckpointWriter:
     ) -> None:
         for file in self._files():
             file.close()
-        if self._committed:
-            return
-        # What cannot be removed keeps its partial manifest, so it opens as incomplete.
-        for name in ("ram", "disks"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
+        if not self._committed:
+            self._remove()
+
+    def _make_name_durable(self) -> None:
+        with suppress(PermissionError):  # a directory may be writable and not readable
+            sync_directory(self.path.absolute().parent)
+
+    def _remove(self) -> None:
+        """Remove everything; while anything is left the directory opens as incomplete."""
+        # First of all what would make it look complete, should it be there already.
+        _try((self.path / m.NAME).rename, self.path / m.PARTIAL)
+        for folder in ("ram", "disks"):
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        for name in (m.DEVICES, m.DESCRIPTION, m.BITMAPS):
+            _try((self.path / name).unlink)
         with suppress(OSError):
-            # First of all what would make it look complete, should it be there already.
-            (self.path / m.NAME).unlink(missing_ok=True)
-            for name in (m.DEVICES, m.DESCRIPTION, m.BITMAPS, m.PARTIAL):
-                (self.path / name).unlink(missing_ok=True)
-            if not self._existed:
-                self.path.rmdir()
+            if {entry.name for entry in self.path.iterdir()} == {m.PARTIAL}:
+                (self.path / m.PARTIAL).unlink()
+                if not self._existed:
+                    self.path.rmdir()
 
     def _files(self) -> list[PageFile]:
         return [file for _, file in self._ram.values()] + list(self._disks.values())
@@ -120,14 +139,15 @@ class CheckpointWriter:
 
     def disk_chunk(self, chunk: DiskChunk) -> None:
         """Store 1 MiB of a disk; zeros become a hole."""
-        if chunk.offset > MAX_DISK - DISK_CHUNK_SIZE:
+        file = self._disks.get(chunk.disk)
+        others = sum(disk.size for disk in self._disks.values() if disk is not file)
+        if chunk.offset > MAX_DISKS - others - DISK_CHUNK_SIZE:
             raise LimitExceeded(
-                f"a disk of at most {MAX_DISK} bytes",
-                f"a chunk at {chunk.offset:#x}",
+                f"at most {MAX_DISKS} bytes of disks",
+                f"a chunk at {chunk.offset:#x} of one, beside {others} bytes of others",
                 section="block",
                 block=chunk.disk,
             )
-        file = self._disks.get(chunk.disk)
         if file is None:
             self._make(self.path / "disks")
             path = self.path / "disks" / f"{_file_name(len(self._disks), chunk.disk)}.raw"
@@ -139,23 +159,28 @@ class CheckpointWriter:
 
     def bitmap(self, record: BitmapRecord) -> None:
         """Keep a piece of a dirty bitmap."""
-        self._bitmaps.append(record)
+        # With its names, as its neighbours will be others.
+        data = replace(record, names_sent=_BOTH_NAMES).encode()
+        kept = self._bitmap_starts if isinstance(record, BitmapStart) else self._bitmap_bits
+        if len(self._bitmap_starts) + len(self._bitmap_bits) + len(data) > m.MAX_BITMAPS - 2:
+            most = f"at most {m.MAX_BITMAPS} bytes of dirty bitmaps"
+            raise LimitExceeded(most, "more", section="dirty-bitmap", block=record.node)
+        kept += data
 
     def device(self, section: DeviceSection | DeviceRegion, *, early: bool) -> None:
         """Keep a device's section as it came, or all of them where nothing tells them apart."""
         data = section.encode()
-        if isinstance(section, DeviceSection):
-            self._sections.append(
-                m.SectionEntry(
-                    section.name,
-                    section.instance,
-                    section.version,
-                    section.number,
-                    len(self._devices),
-                    len(data),
-                    early,
-                )
+        offset = len(self._devices)
+        if offset + len(data) > limits.DEVICES or len(self._sections) == limits.DEVICE_COUNT:
+            raise LimitExceeded(
+                f"at most {limits.DEVICE_COUNT} devices and {limits.DEVICES} bytes of them",
+                "more",
+                section=section.name,
+                offset=section.offset,
             )
+        if isinstance(section, DeviceSection):
+            identity = section.name, section.instance, section.version, section.number
+            self._sections.append(m.SectionEntry(*identity, offset, len(data), early))
         self._devices += data
 
     def description(self, description: VmDescription) -> None:
@@ -172,7 +197,7 @@ class CheckpointWriter:
             footers=footers,
             ram=tuple(self._ram_entry(*entry) for entry in self._ram.values()),
             sections=tuple(self._sections),
-            devices=write_file(self.path / m.DEVICES, bytes(self._devices)),
+            devices=write_file(self.path / m.DEVICES, self._devices),
             description=write_file(self.path / m.DESCRIPTION, described) if described else None,
             disks=tuple(self._disk_entry(name, file) for name, file in self._disks.items()),
             bitmaps=self._write_bitmaps(),
@@ -183,8 +208,10 @@ class CheckpointWriter:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             writer=f"vmferry {__version__}",
         )
+        text = manifest.to_json().encode()
+        parse_manifest(text, str(self.path / m.NAME))
         try:
-            _publish(self.path, manifest.to_json())
+            _publish(self.path, text)
         except OSError as error:
             raise storage_error(self.path, "completed", error) from None
         self._committed = True
@@ -214,19 +241,17 @@ class CheckpointWriter:
         sums, relative = self._seal(file)
         return m.DiskEntry(name, file.size, relative, sums)
 
-    def _seal(self, file: PageFile) -> tuple[m.FileEntry, str]:
+    def _seal(self, file: PageFile) -> tuple[FileEntry, str]:
         sums = file.seal(file.path.with_suffix(".sums"))
         folder = file.path.parent.name
         return replace(sums, file=f"{folder}/{sums.file}"), f"{folder}/{file.path.name}"
 
-    def _write_bitmaps(self) -> m.FileEntry | None:
-        if not self._bitmaps:
+    def _write_bitmaps(self) -> FileEntry | None:
+        if not self._bitmap_starts:
             return None
-        starts = [record for record in self._bitmaps if isinstance(record, BitmapStart)]
-        others = [record for record in self._bitmaps if not isinstance(record, BitmapStart)]
         end = BitmapsEnd().encode()
-        parts = [*(r.encode() for r in starts), end, *(r.encode() for r in others), end]
-        return write_file(self.path / m.BITMAPS, b"".join(parts))
+        data = self._bitmap_starts + end + self._bitmap_bits + end
+        return write_file(self.path / m.BITMAPS, data)
 
 
 def _file_name(index: int, name: str) -> str:
@@ -234,24 +259,21 @@ def _file_name(index: int, name: str) -> str:
     return f"{index:02}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.')[:48]}"
 
 
-def _publish(directory: Path, text: str) -> None:
+def _publish(directory: Path, text: bytes) -> None:
     """Write the manifest aside, make every name in the directory durable, rename it into place."""
     partial = directory / m.PARTIAL
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("wb") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     for path in (directory / "ram", directory / "disks", directory):
         if path.is_dir():
-            _sync_directory(path)
+            sync_directory(path)
     partial.rename(directory / m.NAME)
-    _sync_directory(directory)
-    _sync_directory(directory.absolute().parent)
+    sync_directory(directory)
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _try(step: Callable[..., object], *arguments: object) -> None:
+    """Take a step of which nothing depends."""
+    with suppress(OSError):
+        step(*arguments)

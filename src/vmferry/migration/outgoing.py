@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -54,8 +54,8 @@ class Outgoing(Protocol):
         """Disks that move along, with their names; pages of 1 MiB."""
 
     @property
-    def bitmaps(self) -> Sequence[BitmapRecord]:
-        """Dirty bitmaps, as the records of their section."""
+    def bitmaps(self) -> Iterable[BitmapRecord]:
+        """Dirty bitmaps, as the records of their section; asked for more than once."""
 
     @property
     def numbers(self) -> frozenset[int]:

@@ -209,7 +209,9 @@ class Source:
         # Page sizes belong to sources that announce postcopy; nobody else reads them.
         blocks = tuple(replace(block, page_size=None) for block in machine.blocks)
         self._ram_section(_start(self._ram, RAM_SECTION), [RamBlocks(blocks)])
-        if starts := [r for r in machine.bitmaps if isinstance(r, BitmapStart)]:
+        starts = [record for record in machine.bitmaps if isinstance(record, BitmapStart)]
+        self._has_bitmaps = bool(starts)
+        if starts:
             self._section(_start(self._bitmap, BITMAP_SECTION), [*starts, BitmapsEnd()])
 
     def _send_disks(self) -> None:
@@ -242,8 +244,12 @@ class Source:
             yield from self._batches.batches(block, store, zero_only=self._pages is not None)
 
     def _send_ends(self) -> None:
-        if others := [r for r in self._machine.bitmaps if not isinstance(r, BitmapStart)]:
-            self._section(SectionEnd(self._bitmap, BITMAP_SECTION), [*others, BitmapsEnd()])
+        if self._has_bitmaps:
+            self._section(SectionEnd(self._bitmap, BITMAP_SECTION), self._bitmap_contents())
+
+    def _bitmap_contents(self) -> Iterator[Encodes]:
+        yield from (r for r in self._machine.bitmaps if not isinstance(r, BitmapStart))
+        yield BitmapsEnd()
 
     def _ram_section(self, head: Head, records: Iterable[Encodes]) -> None:
         """A `ram` section, with all channels in step at its end."""

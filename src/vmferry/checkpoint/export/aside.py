@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from vmferry.checkpoint.pages import storage_error
+from vmferry.checkpoint.files import storage_error
 from vmferry.errors import StorageError
 
 PREFIX: Final = ".vmferry-"

@@ -123,11 +123,7 @@ def _unknown(checkpoint: Checkpoint, what: str) -> UsageError:
 
 def _main_memory(checkpoint: Checkpoint, board: Board) -> tuple[RamBlock, ...]:
     """The blocks of main memory in order; one, but for NUMA nodes with memory of their own."""
-    found = [
-        block
-        for block in checkpoint.blocks
-        if block.length and not _belongs_elsewhere(checkpoint, block)
-    ]
+    found = [block for block in checkpoint.blocks if not _belongs_elsewhere(checkpoint, block)]
     if not found:
         raise _unknown(checkpoint, "no block is main memory")
     if len(found) == 1:

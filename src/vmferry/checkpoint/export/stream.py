@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.checkpoint.checkpoint import Checkpoint
-from vmferry.checkpoint.pages import storage_error
+from vmferry.checkpoint.files import storage_error
 from vmferry.checkpoint.transfer import receive, send
 from vmferry.errors import StorageError, UsageError, printable
 from vmferry.migration.progress import Report
