@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, cast
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def open_stream(
     """
     surveyor = _Surveyor(os.fspath(path), max_ram=max_ram, page_size=page_size)
     try:
-        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb", 0) as file:
+        with _opened(path) as file:
             surveyor.read(file)
     except OSError as error:
         raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
@@ -55,6 +56,14 @@ def open_stream(
             raise
         surveyor.survey.error = error
     return surveyor.finish()
+
+
+def _opened(path: str | os.PathLike[str]) -> AbstractContextManager[BufferedReader]:
+    if path != "-":
+        return Path(path).open("rb")
+    if sys.stdin is None:
+        raise StorageError("standard input is closed")
+    return nullcontext(cast(BufferedReader, sys.stdin.buffer))
 
 
 def _command_name(command: Command) -> str:
@@ -80,18 +89,25 @@ class _Surveyor:
         self._open: SectionSurvey | None = None
         self._open_from = 0
 
-    def read(self, file: BinaryIO) -> None:
+    def read(self, file: BufferedReader) -> None:
         """Read until the stream is complete, and count what stands behind it."""
         reader = self._reader
         while not reader.finished:
-            count = file.readinto(reader.buffer.room())  # type: ignore[attr-defined]
-            reader.buffer.received(count)
+            # What is there, and no waiting for more than that: a pipe may stay open.
+            reader.buffer.received(file.readinto1(reader.buffer.room()))
             for event in reader.events():
-                self._take(event)
+                self._take_from_main(event)
         self.survey.size = reader.buffer.offset
         self.survey.trailing = len(reader.buffer)
         if file.seekable():
-            self.survey.trailing += file.seek(0, os.SEEK_END) - file.seek(0, os.SEEK_CUR)
+            at = file.tell()
+            self.survey.trailing += max(0, file.seek(0, os.SEEK_END) - at)
+
+    def _take_from_main(self, event: Any) -> None:
+        try:
+            self._take(event)
+        except StreamError as error:
+            raise error.within(channel=self._reader.channel) from None
 
     def finish(self) -> Survey:
         """The contents."""
@@ -131,6 +147,8 @@ class _Surveyor:
             case Configuration():
                 self.survey.configuration = event
                 self._features.update(event.capabilities)
+                if event.uuid is not None:
+                    self._features.add("validate-uuid")
             case VmDescription():
                 self.survey.description = event
 

@@ -6,7 +6,6 @@ page of the guest.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -86,9 +85,10 @@ class Survey:
     """The contents of a stream or a checkpoint.
 
     ``size`` is in bytes, of the whole stream or of all files; ``trailing`` is how many bytes stand
-    behind the end of the stream.  ``capabilities`` are the source's as far as they show.
-    ``commands`` counts them by name.  ``created`` is when a checkpoint was made, in ISO 8601.
-    ``error`` is what is wrong with a stream that was read as far as it could be.
+    behind the end of the stream (of a pipe: as far as they were read).  ``capabilities`` are the
+    source's as far as they show.  ``commands`` counts them by name.  ``created`` is when a
+    checkpoint was made, in ISO 8601.  ``error`` is what is wrong with a stream that was read as far
+    as it could be.
     """
 
     source: str
@@ -204,11 +204,3 @@ class BlockTally:
         data, zero = (int(np.count_nonzero(self.states == state)) for state in (1, 2))
         records = {name: self.records[kind] for kind, name in KINDS.items()}
         return BlockSurvey(self.block, data, zero, len(self.states) - data - zero, records)
-
-
-def total_size(path: str | os.PathLike[str]) -> int:
-    """Bytes that the files of a directory take on disk, holes left out."""
-    return sum(
-        entry.stat().st_blocks * 512 if entry.is_file() else total_size(entry.path)
-        for entry in os.scandir(path)
-    )

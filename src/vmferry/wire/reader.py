@@ -122,6 +122,7 @@ class StreamReader(ChannelReader[Event]):
         self._ram: RamReader | None = None
         self._sections: dict[int, _Iterable] = {}
         self._described_before = 0
+        self._early_size = 0
         self._tail: TailFinder | None = None
 
     @property
@@ -364,6 +365,10 @@ class StreamReader(ChannelReader[Event]):
                 yield None
         self.buffer.advance(section.size)
         self._described_before += 1
+        self._early_size += section.size
+        if self._described_before > limits.DEVICE_COUNT or self._early_size > limits.DEVICES:
+            most = f"at most {limits.DEVICE_COUNT} devices and {limits.DEVICES} bytes of them"
+            raise LimitExceeded(most, "more", offset=section.offset)
         yield section
 
     def _devices(self) -> Parse[None]:
