@@ -172,7 +172,8 @@ def test_answer_has_a_deadline_that_other_messages_do_not_move(start: Start) -> 
             break
     assert "waited 400 ms for the destination's answer" in sending.error(TransportError)
     assert time.monotonic() - began < 2
-    reading[0].result(PROMPT)
+    # Answers that the source did not read any more may break the connection as it closes.
+    assert isinstance(reading[0].exception(PROMPT), TransportError | None)
 
 
 @pytest.mark.parametrize("message", [RequestPages(0, 4096, "pc.ram"), RequestPages(0, 4096)])
