@@ -10,8 +10,10 @@
     │   ├── LimitExceeded           a number in the stream is above what the reader allows
     │   └── StateError              a device's state does not fit its declaration, saving or loading
     ├── TransportError          4   a channel could not be opened, broke, or went silent
-    │   └── ChannelClosed           this side shut the channel down while it was in use
+    │   ├── ChannelClosed           this side shut the channel down while it was in use
+    │   └── PeerSilent              the other side said nothing for as long as it was given
     ├── PeerError               4   the other side refused, failed, or broke the order
+    │   └── InDoubt                 it cannot be known which side has the machine
     └── StorageError            5   a file or a checkpoint directory
         ├── CheckpointIncomplete    its writer never finished it
         └── CheckpointDamaged       its content does not match its manifest
@@ -176,10 +178,18 @@ class ChannelClosed(TransportError):
     """The channel was shut down on this side, by another thread or before the call."""
 
 
+class PeerSilent(TransportError):
+    """The other side said nothing for as long as it was given; the channel is as it was."""
+
+
 class PeerError(VmferryError):
     """The other side of the migration refused, failed, or broke the order of things."""
 
     exit_status = 4
+
+
+class InDoubt(PeerError):
+    """It cannot be known which side has the machine: it does not run here, its memory is kept."""
 
 
 class StorageError(VmferryError):

@@ -76,7 +76,7 @@ def _raise(number: int, _frame: FrameType | None) -> None:
 class Cancellable(Protocol):
     """A migration."""
 
-    def cancel(self) -> None:
+    def cancel(self) -> object:
         """End it, from any thread."""
 
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from vmferry.errors import PeerError, TransportError, VmferryError
 from vmferry.transports import Channel
-from vmferry.wire.return_path import Message, Shut
+from vmferry.wire.return_path import Message, Reason, Shut
 
 _FAREWELL: Final = 0.5
 """Seconds that a source which was refused has to read so, and to close the connection itself."""
@@ -64,8 +64,10 @@ class Answers:
                 f"{error}; the machine is saved, but its source does not know it and may run on"
             ) from None
 
-    def refuse(self) -> None:
+    def refuse(self, reason: str | None = None) -> None:
         """Tell the source that it keeps its machine, and end the main channel soon.
+
+        *reason* is for a source that understands it.
 
         Called by whichever thread knows first, and never waits long: what the source does not take
         within the time of the farewell it will not hear.
@@ -83,6 +85,8 @@ class Answers:
             self._farewell.name, self._farewell.daemon = "farewell", True
             self._farewell.start()
         with suppress(VmferryError):  # the connection may be what broke
+            if reason is not None:
+                self.say(Reason(reason))
             self.say(Shut(1))
             main.end_of_data()
 

@@ -68,7 +68,7 @@ class Connections:
         listener: Listener,
         deadlines: Deadlines,
         store: Callable[[RamPages], None],
-        refuse: Callable[[], None],
+        refuse: Callable[[BaseException], None],
         received: Callable[[int], None],
     ) -> None:
         self._listener = listener
@@ -266,7 +266,7 @@ class Connections:
             channel.shutdown()
         if main is None:
             self._listener.shutdown()
-        self._refuse()
+        self._refuse(error)
 
 
 def read_magic(channel: Channel, timeout: float | None) -> bytes:

@@ -11,7 +11,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from vmferry.errors import ChannelClosed, PeerError, StreamError, TransportError, VmferryError
+from vmferry.errors import (
+    ChannelClosed,
+    PeerError,
+    StreamError,
+    TransportError,
+    UsageError,
+    VmferryError,
+)
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
 from vmferry.wire import foreign
@@ -41,8 +48,10 @@ from vmferry.wire.sections import Header, SectionEnd, SectionPart, SectionStart
 from .answers import Answers
 from .claims import PageClaims
 from .connections import Connections, Deadlines
+from .identity import NUMBERS, Identity
 from .progress import Meter
 from .sink import Sink
+from .takeover import ANNOUNCE, READY, Takeover
 
 _SILENCE: Final = 1.0
 """Seconds after which a source that waits for an answer has nothing more to send."""
@@ -80,10 +89,12 @@ class Destination:
         self._reader = StreamReader(max_ram=max_ram, page_size=page_size, tolerate=tolerate)
         self._answers = Answers(self._deadlines.idle)
         self._connections = Connections(
-            listener, self._deadlines, self._store, self._answers.refuse, self._moved
+            listener, self._deadlines, self._store, self._refuse, self._moved
         )
         self._switchover_ack = switchover_ack
         self._claims = PageClaims()
+        self._announced: list[int] | None = None
+        self._takeover: Takeover | None = None
         self._features: set[str] = set()
         self._flushes = False
         self._has_machine = False
@@ -99,9 +110,17 @@ class Destination:
     def cancel(self) -> None:
         """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
 
-        Without effect once everything has come: then the checkpoint is completed.
+        Without effect once the machine is this side's.
         """
         self._connections.cancel()
+        if self._takeover is not None:
+            self._takeover.decide(take=False)
+
+    def decide(self, *, take: bool) -> None:
+        """An operator's word in the phase ``in-doubt``, from any thread: run the machine, or drop it."""
+        if self._takeover is None:
+            raise UsageError("there is no doubt about who has the machine")
+        self._takeover.decide(take=take)
 
     def run(self) -> None:
         """Receive everything, commit it, and tell the source.  For one migration only.
@@ -122,11 +141,14 @@ class Destination:
             self._connections.settle()
             self._meter.phase("storing")
             self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
-            self._answers.confirm()
+            if self._announced is not None:
+                self._take_over(self._announced)
+            else:
+                self._answers.confirm()
         except BaseException as error:
             # What broke first broke the rest: a source that is refused closes its connections.
             first = self._connections.failure
-            self._answers.refuse()
+            self._refuse(first or error)
             self._answers.await_farewell()
             if first is not None and first is not error and isinstance(error, VmferryError):
                 raise first from None
@@ -135,11 +157,29 @@ class Destination:
             self._answers.close()
             self._connections.close()
 
+    def _refuse(self, error: BaseException) -> None:
+        self._answers.refuse(str(error) if self._announced is not None else None)
+
+    def _take_over(self, numbers: list[int]) -> None:
+        """Let the source have the last word, and then it is this side's machine."""
+        if len(numbers) < NUMBERS:
+            raise PeerError("the source announced itself, and did not say who it is")
+        takeover = self._takeover = Takeover(self._main, Identity.from_numbers(numbers))
+        self._meter.phase("ready")
+        with suppress(TransportError):  # it may have arrived nonetheless
+            for number in (READY, *Identity.own().numbers()):
+                self._answers.say(Pong(number))
+        if not takeover.heard_go(self._deadlines.idle):
+            self._meter.phase("in-doubt")
+            takeover.resolve()
+        with suppress(TransportError):  # a source that said go does not take the machine back
+            self._answers.confirm()
+
     def _receive(self) -> None:
         reader = self._reader
         channel, head = self._connections.accept_main()
         channel.name = reader.channel
-        main = ReadAhead(channel)
+        main = self._main = ReadAhead(channel)
         self._answers.attach(main)
         self._meter.start()
         reader.buffer.room()[: len(head)] = head
@@ -289,6 +329,7 @@ class Destination:
                 if not self._reader.return_path:
                     raise PeerError("the source sent a ping but has opened no return path")
                 self._answers.say(Pong(command.value))
+                self._note_announcement(command.value)
             case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps
                 self._features.add("postcopy-ram")
                 self._connections.allow_preempt()
@@ -299,6 +340,12 @@ class Destination:
                     "the source has switched to postcopy, which cannot be received into a"
                     " checkpoint: let it finish in precopy (no migrate-start-postcopy)"
                 )
+
+    def _note_announcement(self, value: int) -> None:
+        if self._announced is not None and len(self._announced) < NUMBERS:
+            self._announced.append(value)
+        elif value == ANNOUNCE:
+            self._announced = []
 
     def _open_return_path(self) -> None:
         self._answers.open()

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -32,13 +33,18 @@ _COMPRESSORS: Final[Mapping[Method, Callable[[], Compressor]]] = {
 }
 
 
+Payload = Callable[[memoryview], memoryview]
+"""The content of some pages, one behind the other, perhaps in the buffer that is given; called by
+the thread of a channel."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Pages of a block, by number, ascending within one packet's span."""
+    """Pages of a block, by number, ascending and no more than one packet takes."""
 
     block: RamBlock
-    store: PageStore
     pages: npt.NDArray[np.uint64]
+    payload: Payload
 
 
 class PageSender:
@@ -86,8 +92,13 @@ class PageSender:
         for first in range(0, len(store.sums), step):
             pages = np.flatnonzero(store.sums[first : first + step]) + first
             if len(pages):
-                self._check()
-                self._jobs.put(_Job(block, store, pages.astype(np.uint64)))
+                numbers = pages.astype(np.uint64)
+                self.send(block, numbers, partial(_stored, store, numbers, self._page_size))
+
+    def send(self, block: RamBlock, pages: npt.NDArray[np.uint64], payload: Payload) -> None:
+        """Queue pages of a block, by number, ascending and no more than one packet takes."""
+        self._check()
+        self._jobs.put(_Job(block, pages, payload))
 
     def synchronise(self) -> None:
         """Send what is queued, then a synchronisation on every channel."""
@@ -128,15 +139,9 @@ class PageSender:
     def _send(
         self, channel: Channel, job: _Job, compressor: Compressor, buffer: memoryview
     ) -> None:
-        size = self._page_size
-        first, last = int(job.pages[0]), int(job.pages[-1])
-        span = buffer[: (last - first + 1) * size]
-        job.store.read(first * size, span)
-        if len(job.pages) * size != len(span):
-            chosen = np.frombuffer(span, np.uint8).reshape(-1, size)[job.pages - np.uint64(first)]
-            span = memoryview(chosen).cast("B")
-        payload = span if self._method == Method.NONE else compressor.pack(span)
-        offsets = job.pages * np.uint64(size)
+        content = job.payload(buffer)
+        payload = content if self._method == Method.NONE else compressor.pack(content)
+        offsets = job.pages * np.uint64(self._page_size)
         header = self._header(job.block, offsets, len(payload))
         channel.send([header, payload], self._idle)
         self._meter.count(transferred=len(header) + len(payload), normal=len(job.pages))
@@ -159,3 +164,16 @@ class PageSender:
             method=self._method,
             sync=sync,
         )
+
+
+def _stored(
+    store: PageStore, pages: npt.NDArray[np.uint64], size: int, buffer: memoryview
+) -> memoryview:
+    """Read pages of a store, with those between them."""
+    first, last = int(pages[0]), int(pages[-1])
+    span = buffer[: (last - first + 1) * size]
+    store.read(first * size, span)
+    if len(pages) * size == len(span):
+        return span
+    chosen = np.frombuffer(span, np.uint8).reshape(-1, size)[pages - np.uint64(first)]
+    return memoryview(chosen).cast("B")

@@ -1,4 +1,4 @@
-"""The source of a precopy migration of a machine at rest.
+"""The source of a precopy migration: what it sends, in which order, and what it waits for.
 
 QEMU 7.2 ``migration/migration.c`` and ``migration/savevm.c``.  With a return path the machine is
 the destination's once it has said so, and not before.
@@ -7,13 +7,14 @@ the destination's once it has said so, and not before.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 from uuid import UUID
 
-from vmferry.errors import ChannelClosed, TransportError, UsageError
+from vmferry.errors import ChannelClosed, InDoubt, PeerError, TransportError, UsageError
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
 from vmferry.wire.commands import OpenReturnPath, Ping
@@ -40,10 +41,13 @@ from vmferry.wire.sections import (
     SectionStart,
 )
 
-from .batches import Batch, BatchWriter
+from .batches import Batch
+from .identity import Identity
 from .outgoing import Outgoing
 from .page_sender import PageSender
+from .passes import OnePass, Passes
 from .progress import Meter
+from .takeover import ANNOUNCE, GO, keeping_the_machine
 from .verdict import Verdict
 
 _FLUSHES_SINCE: Final = (8, 1)
@@ -84,7 +88,11 @@ class Head(Encodes, Protocol):
 
 
 class Source:
-    """Sends *machine*; *connect* opens one more connection to the destination."""
+    """Sends *machine*; *connect* opens one more connection to the destination.
+
+    *passes* is the memory of a machine that still runs; then the machine is handed over as in
+    :mod:`.handover`, where the transport has a way back.
+    """
 
     def __init__(
         self,
@@ -93,15 +101,20 @@ class Source:
         *,
         options: SendOptions | None = None,
         meter: Meter | None = None,
+        passes: Passes | None = None,
     ) -> None:
         self._machine = machine
+        self._passes = passes
         self._connect = connect
         self._options = options or SendOptions()
         self._meter = meter or Meter()
-        self._limit = RateLimit(self._options.bandwidth)
+        self.limit = RateLimit(self._options.bandwidth)
         self._pages: PageSender | None = None
         self._channels: list[Channel] = []
         self._cancelled = False
+        self._concluding = False
+        self._has_let_go = False
+        self._state = threading.Lock()
         taken = machine.numbers
         free = (number for number in range(1 << 20) if number not in taken)
         self._disk, self._ram, self._bitmap = (next(free) for _ in range(3))
@@ -127,13 +140,14 @@ class Source:
         with ExitStack() as cleanup:
             main = self._main = self._open(cleanup)
             main.name = "main"
-            verdict = Verdict(main)
+            verdict = self._verdict = Verdict(
+                main, lambda: self._cancelled and not self._has_let_go
+            )
             self._meter.start()
             try:
                 self._send_all(cleanup)
                 if main.duplex:
-                    self._meter.phase("loading")
-                    verdict.await_success(self._options.answer)
+                    self._conclude()
                 main.end_of_data()
             except BaseException as error:
                 refusal = None
@@ -146,39 +160,82 @@ class Source:
                     raise refusal from None
                 raise
 
-    def cancel(self) -> None:
+    def _conclude(self) -> None:
+        """Everything is sent: hear that it is loaded, and let go of a machine that ran."""
+        patience = self._options.answer
+        self._meter.phase("loading")
+        if self._passes is None:
+            return self._verdict.await_success(patience)
+        with self._state:
+            self._concluding = True
+        with keeping_the_machine(self._main):
+            ready = self._verdict.await_ready(patience)
+            with self._state:
+                self._check_cancelled()
+                self._has_let_go = True
+        return None if ready is None else self._let_go(ready)
+
+    def _let_go(self, destination: Identity) -> None:
+        """Say *go*; from here on only the destination's own word brings the machine back."""
+        self._meter.phase("handing-over")
+        try:
+            self._main.send([Ping(GO).encode()], self._options.idle)
+            self._verdict.await_success(self._options.answer)
+        except (TransportError, InDoubt) as error:
+            # Over a direct connection nothing is lost that was said before the process ended.
+            if self._main.peer_pid == destination.pid and destination.is_dead():
+                raise PeerError("the destination died before it took the machine") from error
+            raise InDoubt(
+                f"the destination was given the machine and did not say that it runs it ({error});"
+                " it stays stopped here until an operator who knows that it does not run there"
+                " starts it"
+            ) from error
+
+    def cancel(self) -> bool:
         """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
 
-        A connection attempt in progress ends first.  In the phase ``loading`` the destination may
-        have the machine already, and this side does not hear of it.
+        A connection attempt in progress ends first.  False where it is too late: a running machine
+        was handed over.  That of a machine at rest the destination may have already in the phase
+        ``loading``, and this side does not hear of it.
         """
-        self._cancelled = True
-        self._limit.shutdown()
+        with self._state:
+            if self._has_let_go:
+                return False
+            self._cancelled = True
+            if self._concluding:
+                return True  # whoever waits for the destination tells it so
+        self.limit.shutdown()
         for channel in list(self._channels):
             channel.shutdown()
+        return True
 
-    def _open(self, cleanup: ExitStack) -> Channel:
-        channel = cleanup.enter_context(limited(self._connect(), self._limit))
-        # Either this sees that it was cancelled, or whoever cancels sees the channel.
-        self._channels.append(channel)
+    def _check_cancelled(self) -> None:
         if self._cancelled:
             raise ChannelClosed("the migration was cancelled on this side")
+
+    def _open(self, cleanup: ExitStack) -> Channel:
+        channel = cleanup.enter_context(limited(self._connect(), self.limit))
+        # Either this sees that it was cancelled, or whoever cancels sees the channel.
+        self._channels.append(channel)
+        self._check_cancelled()
         return channel
 
     def _send_all(self, cleanup: ExitStack) -> None:
         machine = self._machine
-        self._batches = cleanup.enter_context(BatchWriter(machine.page_size))
+        passes = self._passes or OnePass(machine, self._meter, cleanup)
         self._send(Header())
         if machine.configuration is not None:
             self._send(machine.configuration)
         if self._main.duplex:
             self._send(OpenReturnPath(), Ping(1))
+            if self._passes is not None:
+                self._send(*map(Ping, (ANNOUNCE, *Identity.own().numbers())))
         if self._options.multifd:
             self._pages = self._open_pages(cleanup)
         self._send_starts()
         self._send_bytes(machine.early)
         self._send_disks()
-        self._send_ram()
+        self._send_ram(passes)
         self._send_ends()
         self._meter.phase("device")
         self._send_bytes(machine.devices)
@@ -229,19 +286,10 @@ class Source:
                 yield DiskChunk(name, number * (DISK_CHUNK_SIZE // SECTOR), data)
         yield DiskEnd()
 
-    def _send_ram(self) -> None:
-        self._ram_section(SectionPart(self._ram, RAM_SECTION), self._ram_pages())
-        self._ram_section(SectionEnd(self._ram, RAM_SECTION), [])
-
-    def _ram_pages(self) -> Iterator[Batch]:
-        self._meter.next_round()
-        for block in self._machine.blocks:
-            store = self._machine.memory(block)
-            if store is None:
-                continue
-            if self._pages is not None:
-                self._pages.send_block(block, store)
-            yield from self._batches.batches(block, store, zero_only=self._pages is not None)
+    def _send_ram(self, passes: Passes) -> None:
+        for part in passes.parts(self._pages):
+            self._ram_section(SectionPart(self._ram, RAM_SECTION), part)
+        self._ram_section(SectionEnd(self._ram, RAM_SECTION), passes.rest(self._pages))
 
     def _send_ends(self) -> None:
         if self._has_bitmaps:

@@ -1,84 +1,134 @@
-"""What a source hears from the destination: the verdict, and nothing else that counts.
+"""What a source hears from the destination: that it is ready, the verdict, nothing else.
 
-QEMU 7.2 ``migration/migration.c`` (``source_return_path_thread``).
+QEMU 7.2 ``migration/migration.c`` (``source_return_path_thread``); :mod:`.handover` for what is not
+QEMU's.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from typing import Final
 
-from vmferry.errors import ChannelClosed, PeerError, TransportError, VmferryError
+from vmferry.errors import (
+    ChannelClosed,
+    InDoubt,
+    PeerError,
+    PeerSilent,
+    TransportError,
+    VmferryError,
+)
 from vmferry.transports import Channel
 from vmferry.units import format_duration
-from vmferry.wire.return_path import Message, Pong, ReturnPathReader, Shut, SwitchoverAck
+from vmferry.wire.return_path import (
+    Message,
+    Pong,
+    Reason,
+    ReturnPathReader,
+    Shut,
+    SwitchoverAck,
+)
+
+from .identity import NUMBERS, Identity
+from .takeover import READY
 
 _LAST_WORDS: Final = 0.5
 """Seconds to look for the verdict of a destination that has broken the connection."""
 
+_LEFT: Final = (
+    "the destination closed the connection without saying that it has loaded the machine; its own"
+    " messages say why"
+)
+
+_LOOK: Final = 0.02
+"""Seconds between two looks at whether the wait was given up."""
+
 
 class Verdict:
-    """Waits on *main*, the main channel, for what the destination says of the machine."""
+    """Waits on *main*, the main channel, for what the destination says of the machine.
 
-    def __init__(self, main: Channel) -> None:
+    *given_up* is asked now and then; once it is true a wait raises :class:`ChannelClosed`.
+    """
+
+    def __init__(self, main: Channel, given_up: Callable[[], bool] = lambda: False) -> None:
         self._main = main
+        self._given_up = given_up
         self._reader = ReturnPathReader()
+        self._waiting: list[Message] = []
+        self._reason = ""
+
+    def await_ready(self, patience: float | None) -> Identity | None:
+        """Return once the destination has loaded everything: who it is, where it waits for a *go*.
+
+        ``None`` where it has taken the machine without asking, as a QEMU does.  Raises as
+        :meth:`await_success`, and nothing is in doubt.
+        """
+        pongs: list[int] = []
+        for message in self._messages(patience):
+            if _is_success(message, self._reason):
+                return None
+            if isinstance(message, Pong) and (pongs or message.value == READY):
+                pongs.append(message.value)
+            if len(pongs) > NUMBERS:
+                return Identity.from_numbers(pongs[1:])
+        raise PeerError(_LEFT)
 
     def await_success(self, patience: float | None) -> None:
         """Return once the destination has said that it has the machine.
 
-        Raises :class:`PeerError` where it refuses, leaves without a word, or asks for what belongs
-        to postcopy; :class:`TransportError` after *patience* seconds in all.
+        Raises :class:`PeerError` where it refuses or asks for what belongs to postcopy,
+        :class:`InDoubt` where it leaves without a word; :class:`TransportError` after *patience*
+        seconds in all.
         """
-        if not self._hear(patience):
-            raise PeerError(
-                "the destination closed the connection without saying that it has loaded the"
-                " machine; its own messages say why"
-            )
+        if not any(_is_success(message, self._reason) for message in self._messages(patience)):
+            raise InDoubt(_LEFT)
 
     def refusal(self) -> PeerError | None:
         """What a destination that broke the connection had said before, if it said why."""
         try:
-            self._hear(_LAST_WORDS)
+            any(_is_success(message, self._reason) for message in self._messages(_LAST_WORDS))
         except PeerError as refusal:
             return refusal
         except VmferryError:
             pass
         return None
 
-    def _hear(self, patience: float | None) -> bool:
-        """Read up to the verdict; false where the connection ends without one."""
+    def _messages(self, patience: float | None) -> Iterator[Message]:
+        """What it says, up to the end of the connection; one wait may go on after another."""
         deadline = None if patience is None else time.monotonic() + patience
         buffer = self._reader.buffer
-        while not buffer.ended:
+        while True:
+            while self._waiting:
+                message = self._waiting.pop(0)
+                if isinstance(message, Reason):
+                    self._reason = message.text
+                else:
+                    yield message
+            if buffer.ended:
+                return
             buffer.received(self._receive(buffer.room(), deadline, patience or 0.0))
-            for message in self._reader.events():
-                if _is_success(message):
-                    return True
-        return False
+            self._waiting.extend(self._reader.events())
 
     def _receive(self, room: memoryview, deadline: float | None, patience: float) -> int:
-        if deadline is None:
-            return self._main.recv_into(room)
         # Whatever else comes meanwhile does not move the deadline.
-        while (left := deadline - time.monotonic()) > 0:
+        while deadline is None or time.monotonic() < deadline:
+            if self._given_up():
+                raise ChannelClosed("the migration was cancelled on this side")
+            left = _LOOK if deadline is None else min(_LOOK, deadline - time.monotonic())
             try:
-                return self._main.recv_into(room, left)
-            except ChannelClosed:
-                raise
-            except TransportError:
-                if time.monotonic() < deadline:
-                    raise
-        late = format_duration(patience)
-        raise TransportError(f"waited {late} for the destination's answer")
+                return self._main.recv_into(room, max(left, 0.001))
+            except PeerSilent:
+                continue
+        raise TransportError(f"waited {format_duration(patience)} for the destination's answer")
 
 
-def _is_success(message: Message) -> bool:
+def _is_success(message: Message, reason: str) -> bool:
     match message:
         case Shut(0):
             return True
         case Shut():
-            raise PeerError("the destination refused the machine; its own messages say why")
+            why = f": {reason}" if reason else "; its own messages say why"
+            raise PeerError(f"the destination refused the machine{why}")
         case Pong() | SwitchoverAck():
             return False
         case _:

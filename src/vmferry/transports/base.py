@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self, TypeAlias
 
-from vmferry.errors import ChannelClosed, TransportError, UsageError, printable
+from vmferry.errors import ChannelClosed, PeerSilent, TransportError, UsageError, printable
 from vmferry.units import format_duration
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -53,11 +53,13 @@ class Channel(_Closing):
 
     ``name`` stands in every error; it starts as the URI and may be set to something better.
     ``duplex`` says that both directions exist, so that a return path is possible.  A channel
-    that is not raises :class:`UsageError` when it is used the wrong way round.
+    that is not raises :class:`UsageError` when it is used the wrong way round.  ``peer_pid`` is the
+    process at the other end of a direct connection on this host, ``None`` where that is not known.
     """
 
     name: str
     duplex: bool
+    peer_pid: int | None = None
 
     @abstractmethod
     def recv_into(self, buffer: memoryview, timeout: float | None = None) -> int:
@@ -189,9 +191,9 @@ def closed(name: str) -> ChannelClosed:
     return ChannelClosed(f"{printable(name)}: shut down on this side")
 
 
-def silent(name: str, waiting_for: str, timeout: float) -> TransportError:
+def silent(name: str, waiting_for: str, timeout: float) -> PeerSilent:
     """The error of a wait that took too long."""
-    return TransportError(
+    return PeerSilent(
         f"{printable(name)}: waited {format_duration(timeout)} for {waiting_for}, nothing came"
     )
 

@@ -46,6 +46,7 @@ _INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
 _Place: TypeAlias = tuple[Any, ...]
 """A host and a port as the socket module writes them, two items or four."""
 _TIMEVAL: Final = struct.Struct("ll")
+_CREDENTIALS: Final = struct.Struct("iII")
 _LONGEST: Final = 2.0**31
 """Seconds that every kernel can count, more or less for ever."""
 _UNIX_BUFFER: Final = 1 << 20
@@ -67,6 +68,7 @@ class SocketChannel(SharedResource, Channel):
         sock.setblocking(True)
         with contextlib.suppress(OSError):  # gone already: the first call tells
             _tune(sock)
+            self.peer_pid = _peer_pid(sock)
 
     def recv_into(self, buffer: memoryview, timeout: float | None = None) -> int:
         """See :meth:`Channel.recv_into`."""
@@ -140,6 +142,15 @@ def _tune(sock: socket.socket) -> None:
     elif sock.family == socket.AF_UNIX:
         # The kernel sizes TCP's buffers by itself, but not these.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
+
+
+def _peer_pid(sock: socket.socket) -> int | None:
+    """Who is at the other end of a UNIX socket (``unix(7)``, ``SO_PEERCRED``)."""
+    if sock.family != socket.AF_UNIX:
+        return None
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid: int = _CREDENTIALS.unpack(raw)[0]
+    return pid or None
 
 
 class SocketListener(SharedResource, Listener):

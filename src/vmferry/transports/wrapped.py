@@ -13,6 +13,7 @@ class WrappedChannel(Channel):
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self.duplex = channel.duplex
+        self.peer_pid = channel.peer_pid
 
     @property
     def name(self) -> str:

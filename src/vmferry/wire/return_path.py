@@ -1,7 +1,8 @@
 """The return path: what the destination answers on the main channel.
 
 QEMU 7.2 ``migration/migration.c`` (``source_return_path_thread``).  A message is a 16-bit type, a
-16-bit length and a payload; a bitmap follows its message outside the length.
+16-bit length and a payload; a bitmap follows its message outside the length.  One message is not
+QEMU's: a destination of this kind tells a source of this kind why it refuses.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from vmferry.errors import LimitExceeded, StreamError
+from vmferry.errors import LimitExceeded, StreamError, printable
 
 from .buffer import ChannelReader, Cursor, Parse, either, encode_name, unpack_name, within
 
 _BITMAP_END: Final = 0x0123456789ABCDEF
+_REASON: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,18 @@ class HavePages(Message):
         return head + len(self.bitmap).to_bytes(8) + self.bitmap + _BITMAP_END.to_bytes(8)
 
 
+@dataclass(frozen=True, slots=True)
+class Reason(Message):
+    """Why the destination is about to refuse; only for sources that announced themselves."""
+
+    kind = 0x564D
+    text: str
+
+    def payload(self) -> bytes:
+        """The text, cut to what a message holds."""
+        return self.text.encode()[:_REASON].decode(errors="ignore").encode() or b"?"
+
+
 class ResumeAck(Message):
     """Postcopy recovery: the destination is ready to go on."""
 
@@ -129,6 +143,10 @@ def _request(payload: bytes) -> Message:
     return RequestPages(start, length, block)
 
 
+def _reason(payload: bytes) -> Message:
+    return Reason(printable(payload, _REASON))
+
+
 def _resume_ack(payload: bytes) -> Message:
     if (value := int.from_bytes(payload)) != 1:
         raise StreamError("an acknowledgement of 1", str(value))
@@ -144,6 +162,7 @@ _MESSAGES: Final[dict[int, tuple[range, Callable[[bytes], Message] | None]]] = {
     5: (range(2, 257), None),
     6: (range(4, 5), _resume_ack),
     7: (range(1), lambda _payload: SwitchoverAck()),
+    Reason.kind: (range(1, _REASON + 1), _reason),
 }
 
 

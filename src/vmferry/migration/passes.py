@@ -1,0 +1,53 @@
+"""What is sent of guest memory: a source asks for the records of one section after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Protocol
+
+from .batches import Batch, BatchWriter
+from .outgoing import Outgoing
+from .page_sender import PageSender
+from .progress import Meter
+
+
+class Passes(Protocol):
+    """Guest memory, as a source sends it.
+
+    Pages that go over multifd are handed to *pages* (``None`` without multifd); what is yielded
+    goes over the main channel.  A batch is right until the next one is asked for.
+    """
+
+    def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
+        """One section after the other, while the machine may still run."""
+
+    def rest(self, pages: PageSender | None) -> Iterator[Batch]:
+        """The last section: the machine does not run any more."""
+
+
+class OnePass:
+    """The memory of a machine at rest, all of it once."""
+
+    def __init__(self, machine: Outgoing, meter: Meter, cleanup: ExitStack) -> None:
+        self._machine = machine
+        self._meter = meter
+        self._batches = cleanup.enter_context(BatchWriter(machine.page_size))
+
+    def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
+        """Everything in one section."""
+        self._meter.next_round()
+        yield self._all(pages)
+
+    def rest(self, pages: PageSender | None) -> Iterator[Batch]:  # noqa: ARG002 - nothing is left
+        """Nothing."""
+        return iter(())
+
+    def _all(self, pages: PageSender | None) -> Iterator[Batch]:
+        for block in self._machine.blocks:
+            store = self._machine.memory(block)
+            if store is None:
+                continue
+            if pages is not None:
+                pages.send_block(block, store)
+            yield from self._batches.batches(block, store, zero_only=pages is not None)

@@ -1,0 +1,115 @@
+"""The words of a handover between two engines of this kind, and the destination's wait for them.
+
+QEMU's destination runs the machine and then says so; where that word is lost, its source runs it
+too (QEMU 7.2 ``migration/migration.c``).  Between two engines of this kind the last word is the
+source's::
+
+    source                                 destination
+    PING announce, PING identity ...  -->
+    memory, devices, end, description -->  loads everything
+                                      <--  PONG ready, PONG identity ...
+    PING go                           -->  the machine is the destination's from here on
+                                      <--  SHUT 0, and the machine runs
+
+:mod:`.handover` has the rules.  Until it has said *go* a source may take its machine back (it says *abort* if it can); afterwards it
+never runs it of its own accord.  A destination that is ready and hears neither is in doubt: it does
+not run the machine and keeps its memory, until the source's process is provably dead or an operator
+decides.  All of it are pings and pongs of QEMU's own format, so that a QEMU at the other end
+answers, and otherwise goes its own way.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+from vmferry.errors import PeerError, PeerSilent, TransportError
+from vmferry.transports import Channel
+from vmferry.wire.commands import Ping
+
+from .identity import Identity
+
+ANNOUNCE: Final = int.from_bytes(b"vmfA")
+"""A ping: the source hands over as above, and the numbers of its identity follow as pings."""
+READY: Final = int.from_bytes(b"vmfR")
+"""A pong: everything is loaded; the numbers of the destination's identity follow as pongs."""
+GO: Final = int.from_bytes(b"vmfG")
+"""A ping behind the description: the machine is the destination's."""
+ABORT: Final = int.from_bytes(b"vmfX")
+"""A ping behind the description: the machine stays the source's."""
+
+_ASK: Final = 0.1
+"""Seconds between two looks at whether the source still lives, in doubt."""
+
+
+class Takeover:
+    """A destination's wait for the source's last word, on *main*, its main channel.
+
+    *source* is who sends, as far as it has said so.
+    """
+
+    def __init__(self, main: Channel, source: Identity) -> None:
+        self._main = main
+        self._source = source
+        self._decided = threading.Event()
+        self._take = False
+
+    def decide(self, *, take: bool) -> None:
+        """An operator's word, from any thread: run the machine, or drop it."""
+        self._take = take
+        self._decided.set()
+
+    def heard_go(self, patience: float | None) -> bool:
+        """Wait *patience* seconds for the source; false where it said nothing, or was cut off.
+
+        Raises :class:`PeerError` where the source keeps its machine.
+        """
+        word = bytearray(len(Ping(GO).encode()))
+        have = 0
+        deadline = None if patience is None else time.monotonic() + patience
+        while have < len(word):
+            if self._decided.is_set():
+                self._check()
+            try:
+                count = self._main.recv_into(memoryview(word)[have:], _ASK)
+            except PeerSilent:
+                if deadline is not None and time.monotonic() > deadline:
+                    return False
+                continue
+            except TransportError:
+                return False
+            if not count:
+                return False
+            have += count
+        if word == Ping(ABORT).encode():
+            raise PeerError("the source has taken its machine back")
+        return word == Ping(GO).encode()
+
+    def resolve(self) -> None:
+        """In doubt: return once the machine is this side's after all, however long that takes.
+
+        Raises :class:`PeerError` where the operator says otherwise.
+        """
+        while not self._decided.wait(_ASK):
+            if self._source.is_dead():
+                return
+        self._check()
+
+    def _check(self) -> None:
+        if not self._take:
+            raise PeerError("the machine was dropped: its source may have it")
+
+
+@contextmanager
+def keeping_the_machine(main: Channel) -> Iterator[None]:
+    """Tell the destination, where that is possible, if this side fails before its *go*."""
+    try:
+        yield
+    except BaseException:
+        # Where that is not heard the destination stays in doubt, and does not run the machine.
+        with suppress(TransportError):
+            main.send([Ping(ABORT).encode()], _ASK)
+        raise
