@@ -1,0 +1,129 @@
+"""The tables of statuses keep their laws, and a track goes along them only."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.migration.races import at_once
+from vmferry.errors import UsageError
+from vmferry.migration.status import (
+    DESTINATION,
+    ENDS,
+    SOURCE,
+    UNDER_WAY,
+    Status,
+    StatusTrack,
+    Table,
+)
+
+TABLES = pytest.mark.parametrize("table", [SOURCE, DESTINATION], ids=["source", "destination"])
+POSTCOPY = {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER}
+
+
+def reachable(table: Table, start: Status) -> set[Status]:
+    found, todo = {start}, [start]
+    while todo:
+        new = table[todo.pop()] - found
+        found |= new
+        todo += new
+    return found
+
+
+@TABLES
+def test_tables_are_closed_and_leave_nothing_unreached(table: Table) -> None:
+    assert reachable(table, Status.NONE) == table.keys()
+    assert not POSTCOPY & table.keys()
+
+
+@TABLES
+def test_every_migration_begins_with_setup(table: Table) -> None:
+    assert table[Status.NONE] == {Status.SETUP}
+    ends = ENDS & table.keys()
+    again = {Status.SETUP} if table is SOURCE else set()
+    assert all(table[end] == again for end in ends)
+
+
+@TABLES
+def test_an_end_is_always_within_reach(table: Table) -> None:
+    for status in UNDER_WAY & table.keys():
+        assert Status.FAILED in table[status] or status is Status.CANCELLING
+        assert reachable(table, status) & ENDS
+
+
+def test_source_can_be_cancelled_while_under_way_only() -> None:
+    for status, may_follow in SOURCE.items():
+        cancellable = status in UNDER_WAY - {Status.CANCELLING}
+        assert (Status.CANCELLING in may_follow) == cancellable
+    assert SOURCE[Status.CANCELLING] == {Status.CANCELLED}
+
+
+def test_destination_is_never_cancelled() -> None:
+    assert not {Status.CANCELLING, Status.CANCELLED} & DESTINATION.keys()
+
+
+@given(table=st.sampled_from([SOURCE, DESTINATION]), asked=st.lists(st.sampled_from(Status)))
+def test_track_follows_its_table(table: Table, asked: list[Status]) -> None:
+    told: list[Status] = []
+    track = StatusTrack(table, told.append)
+    expected = [Status.NONE]
+    for to in asked:
+        if to in table[expected[-1]]:
+            track.move(to)
+            expected.append(to)
+        else:
+            with pytest.raises(UsageError, match=rf"^behind {expected[-1]} comes .*, not {to}$"):
+                track.move(to)
+        assert track.current is expected[-1]
+    assert told == expected[1:]
+
+
+def test_refusal_says_what_may_come() -> None:
+    with pytest.raises(UsageError) as caught:
+        StatusTrack(SOURCE).move(Status.ACTIVE)
+    assert str(caught.value) == "behind none comes setup, not active"
+    track = StatusTrack(DESTINATION)
+    for status in (Status.SETUP, Status.FAILED):
+        track.move(status)
+    with pytest.raises(UsageError, match="behind failed comes nothing, not setup"):
+        track.move(Status.SETUP)
+
+
+def test_move_if_only_from_there() -> None:
+    track = StatusTrack(SOURCE)
+    assert not track.move_if(Status.ACTIVE, Status.CANCELLING)
+    assert track.move_if(Status.NONE, Status.SETUP)
+    with pytest.raises(UsageError):
+        track.move_if(Status.SETUP, Status.COMPLETED)
+    assert track.current is Status.SETUP
+
+
+def test_cancelled_or_completed_but_not_both() -> None:
+    for _ in range(200):
+        told: list[Status] = []
+        track = StatusTrack(SOURCE, told.append)
+        track.move(Status.SETUP)
+        track.move(Status.ACTIVE)
+        won = at_once(
+            partial(track.move_if, Status.ACTIVE, Status.CANCELLING),
+            partial(track.move_if, Status.ACTIVE, Status.COMPLETED),
+        )
+        assert sorted(won) == [False, True]
+        assert told[2:] == [Status.CANCELLING if won[0] else Status.COMPLETED]
+
+
+def test_listener_hears_in_order_whoever_moves() -> None:
+    """Each thread waits for its turn by asking the track itself; no order but the table's fits."""
+    told: list[Status] = []
+    track = StatusTrack(SOURCE, lambda status: told.append(status) or track.current)
+    path = [Status.SETUP, Status.ACTIVE, Status.PRE_SWITCHOVER, Status.DEVICE, Status.COMPLETED]
+
+    def when_due(before: Status, to: Status) -> None:
+        while not track.move_if(before, to):
+            pass
+
+    at_once(*(partial(when_due, *step) for step in zip([Status.NONE, *path], path, strict=False)))
+    assert told == path
