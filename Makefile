@@ -3,7 +3,7 @@
 
 BIN := .venv/bin
 READY := .venv/.ready
-KERNELS := $(wildcard src/vmferry/*/*.pyx)
+KERNELS := $(wildcard $(addprefix src/vmferry/pages/_compiled/,*.pyx *.pxd))
 
 .PHONY: demo test lint bench qemu
 

@@ -42,8 +42,8 @@ def rows(_where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
 
 def _compiled() -> ModuleType | None:
     try:
-        return import_module("vmferry.pages._kernels")
-    except ImportError:
+        return import_module("vmferry.pages._compiled")
+    except ModuleNotFoundError:
         return None
 
 

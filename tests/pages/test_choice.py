@@ -20,9 +20,9 @@ def chosen(wanted):
 @pytest.mark.parametrize(
     ("wanted", "found"),
     [
-        ("plain", "plain vmferry.pages._plain\n"),
-        pytest.param("compiled", "compiled vmferry.pages._kernels\n", marks=needs_compiled),
-        pytest.param("", "compiled vmferry.pages._kernels\n", marks=needs_compiled),
+        ("plain", "plain vmferry.pages._plain.sums\n"),
+        pytest.param("compiled", "compiled vmferry.pages._compiled.sums\n", marks=needs_compiled),
+        pytest.param("", "compiled vmferry.pages._compiled.sums\n", marks=needs_compiled),
     ],
 )
 def test_kernels_are_those_asked_for(wanted, found):

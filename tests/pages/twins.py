@@ -8,19 +8,19 @@ import pytest
 from vmferry.pages import COMPRESS, CONTINUE, PAGE, ROW, XBZRLE, ZERO, _plain
 
 try:
-    from vmferry.pages import _kernels
-except ImportError:
-    _kernels = None
+    from vmferry.pages import _compiled
+except ModuleNotFoundError:
+    _compiled = None
 
 TWINS = [
     pytest.param(_plain, id="plain"),
     pytest.param(
-        _kernels, id="compiled", marks=pytest.mark.skipif(not _kernels, reason="not compiled")
+        _compiled, id="compiled", marks=pytest.mark.skipif(not _compiled, reason="not compiled")
     ),
 ]
 both = pytest.mark.parametrize("kernels", TWINS)
-needs_compiled = pytest.mark.skipif(not _kernels, reason="the kernels are not compiled")
-compiled, plain = _kernels, _plain
+needs_compiled = pytest.mark.skipif(not _compiled, reason="the kernels are not compiled")
+compiled, plain = _compiled, _plain
 
 PAGE_SIZES = (1024, 4096, 8192, 16384, 65536)
 

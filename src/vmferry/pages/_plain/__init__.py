@@ -1,0 +1,23 @@
+"""The kernels in plain Python: their specification, and what runs where none could be compiled."""
+
+from .bitmaps import count_pages, set_range, take_pages
+from .live import apply_records, gather_pages, pack_pages, zero_pages
+from .records import pack_records, scan_records
+from .store import store_records
+from .sums import page_sums
+from .xbzrle import xbzrle_decode
+
+__all__ = [
+    "apply_records",
+    "count_pages",
+    "gather_pages",
+    "pack_pages",
+    "pack_records",
+    "page_sums",
+    "scan_records",
+    "set_range",
+    "store_records",
+    "take_pages",
+    "xbzrle_decode",
+    "zero_pages",
+]
