@@ -117,7 +117,7 @@ class Destination:
             self._takeover.decide(take=False)
 
     def decide(self, *, take: bool) -> None:
-        """An operator's word in the phase ``in-doubt``, from any thread: run the machine, or drop it."""
+        """An operator's word in the phase ``in-doubt``, from any thread: take it, or drop it."""
         if self._takeover is None:
             raise UsageError("there is no doubt about who has the machine")
         self._takeover.decide(take=take)

@@ -155,14 +155,16 @@ class Handover:
         """Whether the machine may run on this side."""
         return self._stage in MAY_RUN
 
-    def hear(self, word: Word) -> bool:
-        """Move on by *word*; false where it does not count any more, as a cancel behind GO.
+    def hear(self, word: Word) -> Stage | None:
+        """Move on by *word*; the stage that was left.
 
-        Of two words that exclude each other, heard by two threads, exactly one is true.
+        ``None`` where the word does not count any more, as a cancel behind GO.  Of two words that
+        exclude each other, heard by two threads, exactly one counts.
         """
         with self._lock:
-            to = self._table[self._stage].get(word)
+            left = self._stage
+            to = self._table[left].get(word)
             if to is None:
-                return False
+                return None
             self._stage = to
-            return True
+            return left

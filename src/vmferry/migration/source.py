@@ -7,7 +7,6 @@ the destination's once it has said so, and not before.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -42,6 +41,7 @@ from vmferry.wire.sections import (
 )
 
 from .batches import Batch
+from .handover import SOURCE, SOURCE_OF_QEMU, Handover, Stage, Word
 from .identity import Identity
 from .outgoing import Outgoing
 from .page_sender import PageSender
@@ -52,6 +52,8 @@ from .verdict import Verdict
 
 _FLUSHES_SINCE: Final = (8, 1)
 """Machine types from this version on synchronise multifd by a record, not at each section's end."""
+
+_CANCELLED: Final = "the migration was cancelled on this side"
 
 _NOBODY: Final = UUID(int=0)
 
@@ -112,9 +114,7 @@ class Source:
         self._pages: PageSender | None = None
         self._channels: list[Channel] = []
         self._cancelled = False
-        self._concluding = False
-        self._has_let_go = False
-        self._state = threading.Lock()
+        self.handover = Handover(SOURCE)
         taken = machine.numbers
         free = (number for number in range(1 << 20) if number not in taken)
         self._disk, self._ram, self._bitmap = (next(free) for _ in range(3))
@@ -140,9 +140,9 @@ class Source:
         with ExitStack() as cleanup:
             main = self._main = self._open(cleanup)
             main.name = "main"
-            verdict = self._verdict = Verdict(
-                main, lambda: self._cancelled and not self._has_let_go
-            )
+            if not main.duplex:
+                self.handover = Handover(SOURCE_OF_QEMU)
+            verdict = self._verdict = Verdict(main, lambda: self.handover.stage == Stage.RESUMED)
             self._meter.start()
             try:
                 self._send_all(cleanup)
@@ -166,14 +166,14 @@ class Source:
         self._meter.phase("loading")
         if self._passes is None:
             return self._verdict.await_success(patience)
-        with self._state:
-            self._concluding = True
         with keeping_the_machine(self._main):
             ready = self._verdict.await_ready(patience)
-            with self._state:
-                self._check_cancelled()
-                self._has_let_go = True
-        return None if ready is None else self._let_go(ready)
+            if not self.handover.hear(Word.READY):
+                raise ChannelClosed(_CANCELLED)
+        if ready is not None:
+            self._let_go(ready)
+        self.handover.hear(Word.SHUT)
+        return None
 
     def _let_go(self, destination: Identity) -> None:
         """Say *go*; from here on only the destination's own word brings the machine back."""
@@ -184,12 +184,17 @@ class Source:
         except (TransportError, InDoubt) as error:
             # Over a direct connection nothing is lost that was said before the process ended.
             if self._main.peer_pid == destination.pid and destination.is_dead():
+                self.handover.hear(Word.GONE)
                 raise PeerError("the destination died before it took the machine") from error
+            self.handover.hear(Word.LOST)
             raise InDoubt(
                 f"the destination was given the machine and did not say that it runs it ({error});"
                 " it stays stopped here until an operator who knows that it does not run there"
                 " starts it"
             ) from error
+        except PeerError:
+            self.handover.hear(Word.REFUSED)
+            raise
 
     def cancel(self) -> bool:
         """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
@@ -198,12 +203,11 @@ class Source:
         was handed over.  That of a machine at rest the destination may have already in the phase
         ``loading``, and this side does not hear of it.
         """
-        with self._state:
-            if self._has_let_go:
-                return False
-            self._cancelled = True
-            if self._concluding:
-                return True  # whoever waits for the destination tells it so
+        if self._passes is not None:
+            left = self.handover.hear(Word.CANCEL)
+            if left in {None, Stage.OFFERED}:
+                return left is not None  # whoever waits for the destination tells it so
+        self._cancelled = True
         self.limit.shutdown()
         for channel in list(self._channels):
             channel.shutdown()
@@ -211,7 +215,7 @@ class Source:
 
     def _check_cancelled(self) -> None:
         if self._cancelled:
-            raise ChannelClosed("the migration was cancelled on this side")
+            raise ChannelClosed(_CANCELLED)
 
     def _open(self, cleanup: ExitStack) -> Channel:
         channel = cleanup.enter_context(limited(self._connect(), self.limit))
@@ -239,6 +243,7 @@ class Source:
         self._send_ends()
         self._meter.phase("device")
         self._send_bytes(machine.devices)
+        self.handover.hear(Word.SENT)
         self._send(EndOfStream())
         if (text := machine.description) is not None:
             self._send_bytes([bytes([Kind.DESCRIPTION]) + len(text).to_bytes(4), text])

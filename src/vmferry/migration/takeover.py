@@ -11,11 +11,11 @@ source's::
     PING go                           -->  the machine is the destination's from here on
                                       <--  SHUT 0, and the machine runs
 
-:mod:`.handover` has the rules.  Until it has said *go* a source may take its machine back (it says *abort* if it can); afterwards it
-never runs it of its own accord.  A destination that is ready and hears neither is in doubt: it does
-not run the machine and keeps its memory, until the source's process is provably dead or an operator
-decides.  All of it are pings and pongs of QEMU's own format, so that a QEMU at the other end
-answers, and otherwise goes its own way.
+:mod:`.handover` has the rules.  Until it has said *go* a source may take its machine back (it says
+*abort* if it can).  A destination that is ready and hears neither is in doubt: it does not run the
+machine and keeps its memory, until the source's process is provably dead or an operator decides.
+All of it are pings and pongs of QEMU's own format, so that a QEMU at the other end answers, and
+otherwise goes its own way.
 """
 
 from __future__ import annotations
