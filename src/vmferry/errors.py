@@ -14,6 +14,7 @@
     │   └── PeerSilent              the other side said nothing for as long as it was given
     ├── PeerError               4   the other side refused, failed, or broke the order
     │   └── InDoubt                 it cannot be known which side has the machine
+    ├── MachineError            1   a machine that vmferry hosts cannot go on
     └── StorageError            5   a file or a checkpoint directory
         ├── CheckpointIncomplete    its writer never finished it
         └── CheckpointDamaged       its content does not match its manifest
@@ -190,6 +191,10 @@ class PeerError(VmferryError):
 
 class InDoubt(PeerError):
     """It cannot be known which side has the machine: it does not run here, its memory is kept."""
+
+
+class MachineError(VmferryError):
+    """A machine that vmferry hosts cannot start or go on: its host failed it, or its guest."""
 
 
 class StorageError(VmferryError):
