@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from enum import StrEnum
+from reprlib import repr as shortened
 from typing import Final
 
 from vmferry.errors import UsageError
@@ -83,7 +84,7 @@ def _check(name: str, state: object) -> None:
     if name not in (known := [*Capability, *NOT_SUPPORTED]):
         raise unknown("capability", name, known)
     if not isinstance(state, bool):
-        raise UsageError(f"capability {name} is true or false, not {state!r}")
+        raise UsageError(f"capability {name} is true or false, not {shortened(state)}")
     if state and name in NOT_SUPPORTED:
         raise UsageError(f"capability {name} is not supported by vmferry (yet)")
 
