@@ -31,7 +31,7 @@ from vmferry.wire.sections import (
 from vmferry.wire.split import read_head
 
 from .handlers import PieceReader
-from .registry import Device, Handler, Section
+from .registry import Device, Handler, Registry, Section
 from .saving import Machine, within
 
 S = TypeVar("S", bound=Section)
@@ -54,12 +54,10 @@ def load_stream(
     check = _Check(machine)
     for event, end in events():
         check.take(event, end)
-    staged = check.finish(may_lack)
+    check.finish(may_lack)
     if check.handlers:
         _load_handlers(check.handlers, events())
-    for section, state in staged:
-        with within(section), _partly():
-            state.commit()
+    check.staging.commit()
 
 
 @dataclass(slots=True)
@@ -73,70 +71,28 @@ class _Region:
     ends: dict[int, int] = field(default_factory=dict)
 
 
-class _Check:
-    """Goes through a stream once, and changes nothing."""
+class Staging:
+    """What a stream has for the sections of a registry, decoded before anything is changed.
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._configured = False
+    Events of the stream are given to :meth:`start` and :meth:`take` in their order; :meth:`finish`
+    says whether all of it fits, and :meth:`commit` assigns it.  All raise :class:`StreamError`,
+    and only :meth:`commit` changes anything.
+    """
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
         self._seen: set[Section] = set()
         self._regions: list[_Region] = []
-        self.handlers: dict[int, Handler] = {}
+        self._staged: list[tuple[Device, Staged]] = []
 
-    def take(self, event: Any, end: int) -> None:
-        """Take note of one event, which ends at *end*."""
-        match event:
-            case Configuration():
-                self._configure(event, end)
-            case SectionStart():
-                offset = end - len(event.encode())
-                section = self._find(event, offset, Handler)
-                _check_version(section, event.version, offset)
-                self.handlers[event.number] = section
-            case DeviceSection() | DeviceRegion():
-                self._collect(event)
-            case Header() | SectionPart() | SectionEnd() | SectionFooter() | Frame():
-                pass
-            case EndOfStream() | VmDescription():
-                pass
-            case _:
-                raise StreamError(
-                    "the state of a machine at rest", type(event).__name__, offset=end
-                )
+    def start(self, head: SectionStart, offset: int) -> Handler:
+        """The handler of an iterative section that begins at *offset*."""
+        section = self._find(head, offset, Handler)
+        _check_version(section, head.version, offset)
+        return section
 
-    def finish(self, may_lack: Collection[str]) -> list[tuple[Device, Staged]]:
-        """Decode the devices; their states, to be committed in this order."""
-        if not self._configured:
-            raise StreamError(f"the name of the machine {self._machine.name}", "none")
-        staged = [state for region in self._regions for state in self._decode(region)]
-        registry = self._machine.registry
-        lacking = [
-            str(section)
-            for section in (*registry.handlers, *registry.devices)
-            if section not in self._seen and section.name not in may_lack
-        ]
-        if lacking:
-            raise StreamError(
-                "the state of every device",
-                f"nothing of {', '.join(lacking)}",
-                advice="allow by name those that may keep the state they have (may_lack)",
-            )
-        return staged
-
-    def _configure(self, found: Configuration, end: int) -> None:
-        self._configured = True
-        offset = end - len(found.encode())
-        if found.machine != self._machine.name:
-            raise StreamError(
-                f"a machine {printable(self._machine.name)}",
-                printable(found.machine),
-                offset=offset,
-            )
-        for what, value in (("capabilities", found.capabilities), ("uuid", found.uuid)):
-            if value:
-                raise StreamError(f"no {what} in the configuration", str(value), offset=offset)
-
-    def _collect(self, section: DeviceSection | DeviceRegion) -> None:
+    def take(self, section: DeviceSection | DeviceRegion) -> None:
+        """Take note of the state of devices."""
         footers = isinstance(section, DeviceSection) and section.footer
         region = self._regions[-1] if self._regions else None
         if region is None or region.offset + region.size != section.offset:
@@ -147,6 +103,30 @@ class _Check:
             region.ends[start] = start + len(section.body)
         region.parts.append(section.encode())
         region.size += section.size
+
+    def finish(self, may_lack: Collection[str] = ()) -> None:
+        """Decode the devices; only sections named in *may_lack* may be without a state."""
+        self._staged = [state for region in self._regions for state in self._decode(region)]
+        lacking = [
+            str(section)
+            for section in (*self._registry.handlers, *self._registry.devices)
+            if section not in self._seen and section.name not in may_lack
+        ]
+        if lacking:
+            raise StreamError(
+                "the state of every device",
+                f"nothing of {', '.join(lacking)}",
+                advice="allow by name those that may keep the state they have (may_lack)",
+            )
+
+    def commit(self) -> None:
+        """Assign the states in the order of the stream, each before its ``post_load`` is called.
+
+        Where one fails, those behind it are as they were, and the error says so.
+        """
+        for section, state in self._staged:
+            with within(section), _partly():
+                state.commit()
 
     def _decode(self, region: _Region) -> Iterator[tuple[Device, Staged]]:
         raw = b"".join(region.parts)
@@ -173,10 +153,9 @@ class _Check:
 
     def _find(self, head: SectionStart, offset: int, kind: type[S]) -> S:
         """What the machine has of *kind* under the section's name; each only once."""
-        registry = self._machine.registry
-        section = registry.find(head.name, head.instance)
+        section = self._registry.find(head.name, head.instance)
         if section is None:
-            instances = ", ".join(map(str, registry.instances(head.name)))
+            instances = ", ".join(map(str, self._registry.instances(head.name)))
             raise StreamError(
                 "a section that this machine has",
                 f"{printable(head.name)} instance {head.instance}",
@@ -195,6 +174,53 @@ class _Check:
             raise StreamError(f"{section} once", "it again", section=head.name, offset=offset)
         self._seen.add(section)
         return section
+
+
+class _Check:
+    """Goes through a stream once, and changes nothing."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._configured = False
+        self.staging = Staging(machine.registry)
+        self.handlers: dict[int, Handler] = {}
+
+    def take(self, event: Any, end: int) -> None:
+        """Take note of one event, which ends at *end*."""
+        match event:
+            case Configuration():
+                self._configure(event, end)
+            case SectionStart():
+                self.handlers[event.number] = self.staging.start(event, end - len(event.encode()))
+            case DeviceSection() | DeviceRegion():
+                self.staging.take(event)
+            case Header() | SectionPart() | SectionEnd() | SectionFooter() | Frame():
+                pass
+            case EndOfStream() | VmDescription():
+                pass
+            case _:
+                raise StreamError(
+                    "the state of a machine at rest", type(event).__name__, offset=end
+                )
+
+    def finish(self, may_lack: Collection[str]) -> None:
+        """Decode the devices."""
+        if not self._configured:
+            raise StreamError(f"the name of the machine {self._machine.name}", "none")
+        self.staging.finish(may_lack)
+
+    def _configure(self, found: Configuration, end: int) -> None:
+        self._configured = True
+        offset = end - len(found.encode())
+        if found.machine != self._machine.name:
+            raise StreamError(
+                f"a machine {printable(self._machine.name)}",
+                printable(found.machine),
+                offset=offset,
+            )
+        for what, value in (("capabilities", found.capabilities), ("uuid", found.uuid)):
+            if value:
+                raise StreamError(f"no {what} in the configuration", str(value), offset=offset)
 
 
 def _load_handlers(handlers: dict[int, Handler], events: Events) -> None:

@@ -8,16 +8,16 @@ ones, which QEMU does not describe (:mod:`vmferry.wire.framed`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from vmferry.errors import LimitExceeded, StateError, StreamError, UsageError, printable
-from vmferry.vmstate import describe, save
 from vmferry.vmstate.staging import run_hook
+from vmferry.vmstate.transfer import save_described
 from vmferry.wire import limits
 from vmferry.wire.configuration import Configuration
-from vmferry.wire.description import VmDescription, parse_description
+from vmferry.wire.description import parse_description
 from vmferry.wire.framed import Frame, frame_description
 from vmferry.wire.layout import Kind
 from vmferry.wire.machine import target_page_size
@@ -31,7 +31,7 @@ from vmferry.wire.sections import (
 )
 
 from .handlers import PieceWriter
-from .registry import Device, Handler, Registry, Section
+from .registry import Handler, Registry, Section
 
 
 class Machine(Protocol):
@@ -59,12 +59,35 @@ def save_stream(machine: Machine, write: Write) -> None:
     _Saving(machine, write).run()
 
 
+def device_sections(registry: Registry, first: int) -> Iterator[tuple[bytes, str]]:
+    """Each device's section, whole, and what describes it; numbered from *first* on.
+
+    The devices do not run meanwhile.  Raises :class:`StateError` where a state does not fit its
+    declaration.
+    """
+    for number, section in enumerate(registry.devices, first):
+        head = SectionStart(number, section.name, section.instance, section.version)
+        before, behind = head.encode(Kind.FULL), SectionFooter(number).encode()
+        with within(section):
+            data, members = save_described(section.device, before=before, behind=behind)
+            if (size := len(data) - len(before) - len(behind)) > limits.DEVICE_SECTION:
+                most = f"a state of at most {limits.DEVICE_SECTION} bytes"
+                raise LimitExceeded(most, str(size))
+        yield data, f"{{{_identity(section)}, {members}}}"
+
+
+def closing_description(page_size: int, descriptions: Sequence[str]) -> bytes:
+    """What stands behind the end of a stream whose sections have *descriptions*."""
+    text = f'{{"page_size": {page_size}, "devices": [{", ".join(descriptions)}]}}'
+    # Whoever loads the stream refuses what this refuses.
+    return parse_description(text.encode()).encode()
+
+
 class _Saving:
     def __init__(self, machine: Machine, write: Write) -> None:
         self._machine = machine
         self._write = write
-        self._described: list[dict[str, Any]] = []
-        self._sizes: list[int] = []
+        self._descriptions: list[str] = []
 
     def run(self) -> None:
         name = self._machine.name
@@ -78,11 +101,12 @@ class _Saving:
         self._write(configuration.encode())
         with ExitStack() as stack:
             numbers = self._save_handlers(stack)
-            for number, device in enumerate(self._machine.registry.devices, numbers):
-                with within(device):
-                    self._save_device(number, device)
+            for section, description in device_sections(self._machine.registry, numbers):
+                self._write(section)
+                self._descriptions.append(description)
             self._write(EndOfStream().encode())
-            self._write(self._description(target_page_size(configuration)).encode())
+            page_size = target_page_size(configuration)
+            self._write(closing_description(page_size, self._descriptions))
 
     # Handlers
 
@@ -93,9 +117,7 @@ class _Saving:
             head = SectionStart(number, section.name, section.instance, section.version)
             stack.callback(section.handler.cleanup)
             self._piece(head, section, section.handler.setup)
-            fields = frame_description(section.handler.chunk)
-            self._described.append(_entry(section) | _state(section, fields))
-            self._sizes.append(sum(field["size"] for field in fields))
+            self._descriptions.append(_describe_handler(section))
         for number, section in handlers:
             part = SectionPart(number, section.name)
             while section.handler.pending() > 0:
@@ -118,31 +140,6 @@ class _Saving:
         self._write(SectionFooter(head.number).encode())
         return len(data)
 
-    # Devices
-
-    def _save_device(self, number: int, section: Device) -> None:
-        body = save(section.device)
-        self._described.append(_entry(section) | describe(section.device))
-        self._sizes.append(len(body))
-        if len(body) > limits.DEVICE_SECTION:
-            raise LimitExceeded(f"a state of at most {limits.DEVICE_SECTION} bytes", str(len(body)))
-        head = SectionStart(number, section.name, section.instance, section.version)
-        self._write(head.encode(Kind.FULL))
-        self._write(body)
-        self._write(SectionFooter(number).encode())
-
-    def _description(self, page_size: int) -> VmDescription:
-        text = json.dumps({"page_size": page_size, "devices": self._described}).encode()
-        # Whoever loads the stream refuses what this refuses: too much, or not as it was saved.
-        description = parse_description(text)
-        for device, size in zip(description.devices, self._sizes, strict=True):
-            if device.size != size:
-                raise StateError(
-                    f"a state of {size} bytes to be described as such",
-                    f"{device.size} (does it change while it is saved?)",
-                ).within(section=device.name)
-        return description
-
 
 class _Head(Protocol):
     @property
@@ -151,12 +148,14 @@ class _Head(Protocol):
     def encode(self) -> bytes: ...
 
 
-def _entry(section: Section) -> dict[str, Any]:
-    return {"name": section.name, "instance_id": section.instance}
+def _identity(section: Section) -> str:
+    return f'"name": {json.dumps(section.name)}, "instance_id": {section.instance}'
 
 
-def _state(section: Section, fields: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"vmsd_name": section.name, "version": section.version, "fields": fields}
+def _describe_handler(section: Handler) -> str:
+    fields = frame_description(section.handler.chunk)
+    state = {"vmsd_name": section.name, "version": section.version, "fields": fields}
+    return f"{{{_identity(section)}, {json.dumps(state)[1:]}"
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .declare import device, state, vmstate_of
-    from .description import declared, describe
-    from .transfer import Staged, load, save, stage
+    from .description import declared
+    from .transfer import Staged, describe, load, save, stage
     from .types import (
         I8,
         I16,
@@ -87,7 +87,7 @@ _LAZY = {
     "at_version": "types",
     "before": "types",
     "declared": "description",
-    "describe": "description",
+    "describe": "transfer",
     "device": "declare",
     "equal": "types",
     "load": "transfer",

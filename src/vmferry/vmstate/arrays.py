@@ -12,6 +12,7 @@ from typing import Any, Final
 from vmferry.errors import StateError
 
 from . import plan as p
+from . import texts
 from .staging import WHOLE, Frame, Kept, Loader, Saver
 from .values import Value, bounded, check_length, pack_one, shown
 
@@ -22,16 +23,18 @@ NULL: Final = b"0"
 class Numbers:
     """A list or array of numbers, in one call."""
 
-    def __init__(self, kind: p.Elements, element: p.Scalar) -> None:
+    def __init__(self, kind: p.Elements, element: p.Scalar, *, alike: bool) -> None:
         self._kind = kind
         self._element = element
+        self._alike = alike
+        self._text = texts.value(element.type, element.size)
         self._code = element.code
         # A bool is packed as the byte that it must be.
         self._packed = "B" if element.code == "?" else element.code
         self._timers = element.type == "timer"
 
-    def save(self, value: Any, owner: Any, saver: Saver) -> None:
-        """Add the bytes of *value*."""
+    def save(self, value: Any, owner: Any, saver: Saver) -> list[str]:
+        """Add the bytes of *value*, and return what describes its elements, together or each."""
         numbers = flattened(self._kind, value, owner)
         if self._timers:
             numbers = [-1 if number is None else number for number in numbers]
@@ -43,6 +46,7 @@ class Numbers:
             for index, number in enumerate(numbers):
                 with_path(self._kind, index, pack_one, self._element, number)
         saver.parts.append(packed)
+        return texts.elements([self._text] * len(numbers), alike=self._alike)
 
     def load(self, loader: Loader, frame: Frame, current: Any) -> Any:
         """Take the bytes."""
@@ -66,17 +70,21 @@ class Numbers:
 class Items:
     """A list of anything else, one by one."""
 
-    def __init__(self, kind: p.Elements, codec: Value) -> None:
+    def __init__(self, kind: p.Elements, codec: Value, *, alike: bool) -> None:
         self._kind = kind
         self._codec = codec
+        self._alike = alike
 
-    def save(self, value: Any, owner: Any, saver: Saver) -> None:
-        """Add the bytes of *value*."""
+    def save(self, value: Any, owner: Any, saver: Saver) -> list[str]:
+        """Add the bytes of *value*, and return what describes its elements, together or each."""
+        found: list[str] = []
         for index, item in enumerate(flattened(self._kind, value, owner)):
             if item is None and self._kind.nullable:
                 saver.parts.append(NULL)
+                found.append(texts.NULL)
             else:
-                with_path(self._kind, index, self._codec.save, item, owner, saver)
+                found.append(with_path(self._kind, index, self._codec.save, item, owner, saver))
+        return texts.elements(found, alike=self._alike)
 
     def load(self, loader: Loader, frame: Frame, current: Any) -> Any:
         """Take the bytes."""

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from vmferry.errors import StateError, printable
 
 from . import plan as p
+from . import texts
 from .arrays import Items, Numbers
 from .linked import Queue, Tree
 from .runs import Run
@@ -37,8 +38,8 @@ def compile_plan(plan: p.Plan, version: int) -> StateCodec:
 class _Step(Protocol):
     """Saves and loads some of an object's fields."""
 
-    def save(self, obj: Any, saver: Saver) -> None:
-        """Add the bytes."""
+    def save(self, obj: Any, saver: Saver) -> str:
+        """Add the bytes, and return the entries that describe them."""
 
     def load(self, loader: Loader, frame: Frame) -> None:
         """Take the bytes, and stage what they assign."""
@@ -51,6 +52,7 @@ class StateCodec:
         self.plan = plan
         self._version = version
         self._steps = tuple(_steps(plan, version))
+        self._head = texts.state_head(plan, version)
         self._parts = {
             part.plan.name: (part, compile_plan(part.plan, part.plan.version), _head(part.plan))
             for part in plan.subsections
@@ -61,19 +63,25 @@ class StateCodec:
         self._watched = any(field.when is not None for field in plan.fields)
         self._counted = any(getattr(field.kind, "count", None) for field in plan.fields)
 
-    def save(self, obj: Any, saver: Saver) -> None:
-        """Add the bytes of *obj*, hooks included."""
+    def save(self, obj: Any, saver: Saver) -> str:
+        """Add the bytes of *obj*, hooks included, and return what describes them."""
         begin_saving(self.plan, obj, saver.after)
-        for step in self._steps:
-            step.save(obj, saver)
+        fields = texts.together([step.save(obj, saver) for step in self._steps])
+        described = f"{self._head}[{fields}]"
+        if not self._parts:
+            return described
+        subsections: list[str] = []
         for part, codec, head in self._parts.values():
             value = needed_part(part, obj)
             if value is not None:
                 saver.parts.append(head)
                 try:
-                    codec.save(value, saver)
+                    subsections.append(f"{{{codec.save(value, saver)}}}")
                 except StateError as error:
                     raise error.inside(part.attribute) from error.__cause__
+        if not subsections:
+            return described
+        return f'{described}, "subsections": [{texts.together(subsections)}]'
 
     def load_into(self, loader: Loader, obj: Any) -> Any:
         """Decode the state of *obj*, stage it, and say how it will look if that is recorded."""
@@ -197,44 +205,58 @@ def _subsection(loader: Loader, owner: str) -> str | None:
 def _steps(plan: p.Plan, version: int) -> list[_Step]:
     steps: list[_Step] = []
     run: list[p.Field] = []
-    for field in plan.fields:
+    names: list[str] = []
+    for field, name in zip(plan.fields, texts.field_names(plan), strict=True):
         if not field.in_version(version):
             continue
         if field.when is None and isinstance(field.kind, p.Scalar | p.Gap):
             run.append(field)
+            names.append(name)
             continue
         if run:
-            steps.append(Run(run))
-            run = []
-        steps.append(_step(field, version))
+            steps.append(Run(run, names))
+            run, names = [], []
+        steps.append(_step(field, name, version))
     if run:
-        steps.append(Run(run))
+        steps.append(Run(run, names))
     return steps
 
 
-def _step(field: p.Field, version: int) -> _Step:
+def _step(field: p.Field, name: str, version: int) -> _Step:
     step: _Step
-    if isinstance(field.kind, p.Scalar | p.Gap):
-        step = Run([field])
-    elif isinstance(field.kind, p.Temporary):
-        kind = field.kind
-        step = _Temporary(kind, compile_plan(kind.plan, kind.plan.version))
-    else:
-        step = _Member(field.attribute, _value(field.kind))
+    match field.kind:
+        case p.Scalar() | p.Gap():
+            step = Run([field], [name])
+        case p.Temporary() as kind:
+            step = _Temporary(name, kind, compile_plan(kind.plan, kind.plan.version))
+        case p.Elements() as kind:
+            codec = _array(kind, alike=texts.alike(field))
+            step = _Attribute(field.attribute, texts.entry_head(name), codec)
+        case kind:
+            step = _Attribute(field.attribute, texts.entry_head(name), _value(kind))
     return step if field.when is None else _Conditional(step, field.when, version)
 
 
+def _array(kind: p.Elements, *, alike: bool) -> Numbers | Items:
+    """The codec of an array."""
+    if isinstance(kind.element, p.Scalar) and not kind.nullable:
+        return Numbers(kind, kind.element, alike=alike)
+    return Items(kind, _value(kind.element), alike=alike)
+
+
 def _value(kind: p.Kind) -> Value:  # noqa: PLR0911 - one for each kind
-    """The codec of *kind*."""
+    """The codec of *kind*, which is no array."""
     match kind:
         case p.Scalar():
-            return Number(kind, struct.Struct(f">{kind.code}"))
+            text = texts.value(kind.type, kind.size)
+            return Number(kind, struct.Struct(f">{kind.code}"), text)
         case p.Struct(plan, version):
-            return One(compile_plan(plan, version))
+            return One(kind, compile_plan(plan, version))
         case p.Bytes():
             return Bytes(kind)
         case p.Bitmap(bits):
-            return Bits(bits, -(-bits // 64) * 8)
+            size = -(-bits // 64) * 8
+            return Bits(bits, size, texts.value(kind.type, size))
         case p.Custom():
             return Custom(kind)
         case p.Queue(plan, bound):
@@ -242,52 +264,55 @@ def _value(kind: p.Kind) -> Value:  # noqa: PLR0911 - one for each kind
         case p.Tree(key, value, bound):
             keys = None if key is None else compile_plan(key, key.version)
             return Tree(keys, compile_plan(value, value.version), bound)
-        case p.Elements(element) if isinstance(element, p.Scalar) and not kind.nullable:
-            return Numbers(kind, element)
-        case p.Elements(element):
-            return Items(kind, _value(element))
     raise TypeError(f"{kind} is no attribute")
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
-    """One attribute with a codec of its own."""
+class _Attribute:
+    """One attribute with a codec of its own; ``head`` begins its entries in descriptions."""
 
-    name: str
-    codec: Value
+    attribute: str
+    head: str
+    codec: Value | Numbers | Items
 
-    def save(self, obj: Any, saver: Saver) -> None:
+    def save(self, obj: Any, saver: Saver) -> str:
         try:
-            self.codec.save(getattr(obj, self.name, None), obj, saver)
+            described = self.codec.save(getattr(obj, self.attribute, None), obj, saver)
         except StateError as error:
-            raise error.inside(self.name) from error.__cause__
+            raise error.inside(self.attribute) from error.__cause__
+        if isinstance(described, str):
+            return f"{self.head}{described}}}"
+        return ", ".join([f"{self.head}{one}}}" for one in described])
 
     def load(self, loader: Loader, frame: Frame) -> None:
         try:
-            value = self.codec.load(loader, frame, getattr(frame.obj, self.name, None))
+            value = self.codec.load(loader, frame, getattr(frame.obj, self.attribute, None))
         except StateError as error:
-            raise error.inside(self.name) from error.__cause__
+            raise error.inside(self.attribute) from error.__cause__
         if isinstance(value, Kept):
-            frame.seen[self.name] = value.seen
+            frame.seen[self.attribute] = value.seen
         else:
-            loader.commits.append((frame.obj, (self.name,), (value,)))
-            frame.seen[self.name] = value
+            loader.commits.append((frame.obj, (self.attribute,), (value,)))
+            frame.seen[self.attribute] = value
 
 
 @dataclass(frozen=True, slots=True)
 class _Temporary:
     """A state that methods of the object make and take."""
 
+    name: str
     kind: p.Temporary
     codec: StateCodec
 
-    def save(self, obj: Any, saver: Saver) -> None:
+    def save(self, obj: Any, saver: Saver) -> str:
         value = run_hook(self.kind.save, getattr(obj, self.kind.save))
         if not isinstance(value, self.kind.plan.cls):
             raise StateError(
                 f"a {self.kind.plan.cls.__qualname__} of {self.kind.save}", repr(value)
             )
-        self.codec.save(value, saver)
+        since = len(saver.parts)
+        inner = self.codec.save(value, saver)
+        return texts.entry(self.name, texts.value(self.kind.type, saver.size(since), inner))
 
     def load(self, loader: Loader, frame: Frame) -> None:
         value = self.codec.load_new(loader)
@@ -303,9 +328,8 @@ class _Conditional:
     test: Callable[[Any, int], bool]
     version: int
 
-    def save(self, obj: Any, saver: Saver) -> None:
-        if self.test(obj, self.version):
-            self.step.save(obj, saver)
+    def save(self, obj: Any, saver: Saver) -> str:
+        return self.step.save(obj, saver) if self.test(obj, self.version) else ""
 
     def load(self, loader: Loader, frame: Frame) -> None:
         if self.test(View(frame), self.version):

@@ -9,6 +9,7 @@ from typing import Any, Final
 from vmferry.errors import StateError
 
 from . import plan as p
+from . import texts
 from .staging import WHOLE, Frame, Kept, Loader, Saver
 from .values import States, check_class, pack_one, shown
 
@@ -25,18 +26,20 @@ class Queue:
     states: States
     bound: int
 
-    def save(self, value: Any, _owner: Any, saver: Saver) -> None:
-        """Add the bytes of *value*."""
+    def save(self, value: Any, _owner: Any, saver: Saver) -> str:
+        """Add the bytes of *value*; of what describes its elements, that of the last one stays."""
+        since, inner = len(saver.parts), ""
         if not isinstance(value, list) or len(value) > self.bound:
             raise StateError(f"a list of at most {self.bound}", shown(value))
         for index, item in enumerate(value):
             saver.parts.append(_MORE)
             try:
                 check_class(item, self.states.plan)
-                self.states.save(item, saver)
+                inner = self.states.save(item, saver)
             except StateError as error:
                 raise error.inside(f"[{index}]") from error.__cause__
         saver.parts.append(_END)
+        return texts.value("qtailq", saver.size(since), inner)
 
     def load(self, loader: Loader, _frame: Frame, current: Any) -> Any:
         """Take the bytes."""
@@ -63,8 +66,9 @@ class Tree:
     values: States
     bound: int
 
-    def save(self, value: Any, _owner: Any, saver: Saver) -> None:
-        """Add the bytes of *value*."""
+    def save(self, value: Any, _owner: Any, saver: Saver) -> str:
+        """Add the bytes of *value*; of what describes its nodes, that of the last one stays."""
+        since, inner = len(saver.parts), ""
         if not isinstance(value, dict) or len(value) > self.bound:
             raise StateError(f"a dict of at most {self.bound}", shown(value))
         saver.parts.append(_COUNT.pack(len(value)))
@@ -73,10 +77,11 @@ class Tree:
             try:
                 self._save_key(key, saver)
                 check_class(value[key], self.values.plan)
-                self.values.save(value[key], saver)
+                inner = self.values.save(value[key], saver)
             except StateError as error:
                 raise error.inside(f"[{shown(key)}]") from error.__cause__
         saver.parts.append(_END)
+        return texts.value("gtree", saver.size(since), inner)
 
     def _save_key(self, key: Any, saver: Saver) -> None:
         if self.keys is None:

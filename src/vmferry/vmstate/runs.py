@@ -10,14 +10,15 @@ from typing import Any
 from vmferry.errors import StateError
 
 from . import plan as p
+from . import texts
 from .staging import Frame, Loader, Saver
 from .values import pack_one
 
 
 class Run:
-    """Numbers, truth values, timers and gaps in a row."""
+    """Numbers, truth values, timers and gaps in a row, and what they are called."""
 
-    def __init__(self, fields: list[p.Field]) -> None:
+    def __init__(self, fields: list[p.Field], names: list[str]) -> None:
         numbers = [f for f in fields if isinstance(f.kind, p.Scalar)]
         self._fields = tuple((f.attribute, f.kind) for f in numbers if isinstance(f.kind, p.Scalar))
         self._names = tuple(name for name, _ in self._fields)
@@ -39,9 +40,14 @@ class Run:
             (i, f.attribute, f.exact) for i, f in enumerate(numbers) if f.exact is not None
         )
         self._places = tuple(f.attribute for f in fields)
+        self._text = texts.together(
+            texts.entry(name, texts.number(f, f.kind))
+            for f, name in zip(fields, names, strict=True)
+            if isinstance(f.kind, p.Scalar | p.Gap)
+        )
 
-    def save(self, obj: Any, saver: Saver) -> None:
-        """Add the bytes."""
+    def save(self, obj: Any, saver: Saver) -> str:
+        """Add the bytes, and return what describes them."""
         try:
             values = self._get(obj)
             if self._timers:
@@ -56,6 +62,7 @@ class Run:
         if self._bools and max(self._truths(packed)) > 1:
             self._diagnose(obj)
         saver.parts.append(packed)
+        return self._text
 
     def _diagnose(self, obj: Any) -> None:
         """Raise for the first field that cannot be saved."""

@@ -38,6 +38,10 @@ class Saver:
     parts: list[bytes | bytearray | memoryview] = field(default_factory=list)
     after: ExitStack = field(default_factory=ExitStack)
 
+    def size(self, since: int) -> int:
+        """Bytes of the parts from the index *since* on."""
+        return sum(map(len, self.parts[since:]))
+
 
 @dataclass(slots=True)
 class Loader:

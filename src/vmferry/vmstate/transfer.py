@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from vmferry.errors import StateError, UsageError
 
 from .codec import check_version, compile_plan
@@ -15,6 +18,24 @@ def save(obj: object) -> bytes:
     ``post_save`` is called whether or not that succeeds, as it may have to undo ``pre_save``.
     Raises :class:`StateError` for a value that does not fit, and for a device that is unmigratable.
     """
+    return save_described(obj)[0]
+
+
+def describe(obj: object) -> dict[str, Any]:
+    """What the bytes that :func:`save` makes of *obj* consist of; the hooks are called alike.
+
+    That is ``vmsd_name``, ``version``, ``fields`` and ``subsections``, in the schema of QEMU 7.2
+    ``migration/vmstate.c``: what stands at the end of a stream for this device.
+    """
+    described: dict[str, Any] = json.loads(f"{{{save_described(obj)[1]}}}")
+    return described
+
+
+def save_described(obj: object, *, before: bytes = b"", behind: bytes = b"") -> tuple[bytes, str]:
+    """What :func:`save` returns, between *before* and *behind*, and what :func:`describe` does.
+
+    The latter are the members of a JSON object.
+    """
     plan = plan_of_object(obj)
     if plan.registration is not None and plan.registration.unmigratable is not None:
         raise StateError("a device that can be migrated", plan.registration.unmigratable).inside(
@@ -23,8 +44,8 @@ def save(obj: object) -> bytes:
     saver = Saver()
     try:
         with saver.after:
-            compile_plan(plan, plan.version).save(obj, saver)
-            return b"".join(saver.parts)
+            described = compile_plan(plan, plan.version).save(obj, saver)
+            return b"".join((before, *saver.parts, behind)), described
     except StateError as error:
         raise error.inside(plan.name) from error.__cause__
 

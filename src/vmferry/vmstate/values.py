@@ -16,14 +16,15 @@ from typing import Any, Protocol
 from vmferry.errors import StateError
 
 from . import plan as p
+from . import texts
 from .staging import Frame, Kept, Loader, Saver, run_hook
 
 
 class Value(Protocol):
     """Saves and loads the value of an attribute of *owner*, or of the object in *frame*."""
 
-    def save(self, value: Any, owner: Any, saver: Saver, /) -> None:
-        """Add the bytes of *value*."""
+    def save(self, value: Any, owner: Any, saver: Saver, /) -> str:
+        """Add the bytes of *value*, and return what describes them."""
 
     def load(self, loader: Loader, frame: Frame, current: Any, /) -> Any:
         """Take the bytes; *current* is what the attribute is, ``None`` if there is nothing."""
@@ -34,8 +35,8 @@ class States(Protocol):
 
     plan: p.Plan
 
-    def save(self, obj: Any, saver: Saver) -> None:
-        """Add the bytes of *obj*."""
+    def save(self, obj: Any, saver: Saver) -> str:
+        """Add the bytes of *obj*, and return what describes them."""
 
     def load_into(self, loader: Loader, obj: Any) -> Any:
         """Take the bytes, stage what they assign to *obj*, and say how it will look."""
@@ -50,10 +51,12 @@ class Number:
 
     kind: p.Scalar
     packing: struct.Struct
+    text: str
 
-    def save(self, value: Any, _owner: Any, saver: Saver) -> None:
+    def save(self, value: Any, _owner: Any, saver: Saver) -> str:
         """Add the bytes of *value*."""
         saver.parts.append(pack_one(self.kind, value))
+        return self.text
 
     def load(self, loader: Loader, _frame: Frame, _current: Any) -> Any:
         """Take the bytes."""
@@ -81,12 +84,17 @@ def pack_one(kind: p.Scalar, value: Any) -> bytes:
 class One:
     """A declared state in an attribute."""
 
+    kind: p.Struct
     states: States
 
-    def save(self, value: Any, _owner: Any, saver: Saver) -> None:
+    def save(self, value: Any, _owner: Any, saver: Saver) -> str:
         """Add the bytes of *value*."""
         check_class(value, self.states.plan)
-        self.states.save(value, saver)
+        since = len(saver.parts)
+        inner = self.states.save(value, saver)
+        if self.kind.type == "struct":
+            inner = f'"struct": {{{inner}}}'
+        return texts.value(self.kind.type, saver.size(since), inner)
 
     def load(self, loader: Loader, _frame: Frame, current: Any) -> Any:
         """Take the bytes."""
@@ -101,7 +109,7 @@ class Bytes:
 
     kind: p.Bytes
 
-    def save(self, value: Any, owner: Any, saver: Saver) -> None:
+    def save(self, value: Any, owner: Any, saver: Saver) -> str:
         """Add the bytes of *value*."""
         kind = self.kind
         if not isinstance(value, bytes | bytearray | memoryview):
@@ -114,6 +122,7 @@ class Bytes:
         else:
             view = view[kind.start : kind.start + kind.size]
         saver.parts.append(view)
+        return texts.value(kind.type, len(view))
 
     def load(self, loader: Loader, frame: Frame, current: Any) -> Any:
         """Take the bytes."""
@@ -140,13 +149,15 @@ class Bits:
 
     bits: int
     size: int
+    text: str
 
-    def save(self, value: Any, _owner: Any, saver: Saver) -> None:
+    def save(self, value: Any, _owner: Any, saver: Saver) -> str:
         """Add the bytes of *value*."""
         if not isinstance(value, int) or value < 0 or value.bit_length() > self.bits:
             raise StateError(f"an integer of at most {self.bits} bits", shown(value))
         words = array("Q", value.to_bytes(self.size, sys.byteorder))
         saver.parts.append(swapped(words if sys.byteorder == "little" else words[::-1]))
+        return self.text
 
     def load(self, loader: Loader, _frame: Frame, _current: Any) -> Any:
         """Take the bytes."""
@@ -164,9 +175,11 @@ class Custom:
 
     kind: p.Custom
 
-    def save(self, value: Any, _owner: Any, saver: Saver) -> None:
+    def save(self, value: Any, _owner: Any, saver: Saver) -> str:
         """Add the bytes of *value*."""
-        saver.parts.append(run_hook(self.kind.type, self.kind.codec.save, value))
+        data = run_hook(self.kind.type, self.kind.codec.save, value)
+        saver.parts.append(data)
+        return texts.value(self.kind.type, len(data))
 
     def load(self, loader: Loader, _frame: Frame, _current: Any) -> Any:
         """Take the bytes."""
