@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.errors import StreamError
-from vmferry.pages import COMPRESS, KINDS, PAGE, XBZRLE, Rows, rows_of, store_records
-from vmferry.pages.compression import inflate_page
+from vmferry.pages import Rows, store_records
+from vmferry.pages.placing import place_rows
 
 from .files import FileEntry, storage_error, write_file
 
@@ -63,37 +62,13 @@ class PageFile:
 
         Raises :class:`StreamError` with the position in *data* as its offset.
         """
-        done = 0
-        while done < len(rows):
-            done, error = store_records(self._fd, rows, done, data, self.page_size, self.sums)
-            if error:
-                raise storage_error(self.path, "written", error)
-            if done < len(rows):
-                done = self._inflate(rows, done, data)
+        place_rows(self._place, rows, data, self.page_size)
 
-    def _inflate(self, rows: Rows, first: int, data: memoryview) -> int:
-        """Store the compressed pages at *first*; whatever else stands there is broken."""
-        kinds = rows["word"][first:] & np.uint64(KINDS & (self.page_size - 1))
-        others = np.flatnonzero(kinds != COMPRESS)
-        stop = first + (int(others[0]) if len(others) else len(kinds))
-        if stop == first:
-            raise StreamError(
-                "an XBZRLE page whose runs fit" if kinds[0] == XBZRLE else "a page in its block",
-                "one that overruns",
-                offset=int(rows["position"][first]),
-            )
-        pages = [self._inflated(row, data) for row in rows[first:stop].tolist()]
-        words = (rows["word"][first:stop] & ~np.uint64(self.page_size - 1)) | np.uint64(PAGE)
-        positions = np.arange(len(pages), dtype=np.uint64) * np.uint64(self.page_size)
-        self.store(rows_of(words, positions, self.page_size), memoryview(b"".join(pages)))
-        return stop
-
-    def _inflated(self, row: tuple[int, int, int, int], data: memoryview) -> bytes:
-        _, position, length, _ = row
-        try:
-            return inflate_page(data[position : position + length], self.page_size)
-        except StreamError as error:
-            raise error.within(offset=position) from None
+    def _place(self, rows: Rows, first: int, data: memoryview) -> int:
+        done, error = store_records(self._fd, rows, first, data, self.page_size, self.sums)
+        if error:
+            raise storage_error(self.path, "written", error)
+        return done
 
     def seal(self, sums: Path) -> FileEntry:
         """Make the file durable and write its sums beside it; returns the entry of those."""

@@ -81,6 +81,16 @@ class MemoryBlock:
                 return self.size
             raise
 
+    def populated(self) -> npt.NDArray[np.uint8]:
+        """A byte for each page, 0 where there is no memory: such a page was never touched."""
+        found = np.zeros(self.pages, np.uint8)
+        at = self.next_populated(0)
+        while at < self.size:
+            end = os.lseek(self.fd, at, os.SEEK_HOLE)
+            found[at // PAGE_SIZE : end // PAGE_SIZE] = 1
+            at = self.next_populated(end) if end < self.size else end
+        return found
+
     def close(self) -> None:
         """Give the memory back, as soon as nobody holds a view of it any more."""
         self.view.release()

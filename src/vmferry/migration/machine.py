@@ -1,0 +1,38 @@
+"""What the engine sees of a machine that runs: its memory, its devices, and how to stop it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+from uuid import UUID
+
+from vmferry.memory import DirtyLog, GuestMemory
+
+from .saving import Machine
+
+
+class LiveMachine(Machine, Protocol):
+    """A machine that may run; its registry has the state of its processors too."""
+
+    @property
+    def uuid(self) -> UUID | None:
+        """Its own UUID, if it has one; compared with capability ``validate-uuid``."""
+
+    @property
+    def memory(self) -> GuestMemory:
+        """Its RAM blocks."""
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs, or would if it had something to do."""
+
+    def pause(self) -> None:
+        """Stop it: when this returns nothing writes its memory or devices.  Idempotent."""
+
+    def resume(self) -> None:
+        """Let it run, from where it was stopped or from the state that was loaded.  Idempotent."""
+
+    def throttle(self, percent: int) -> None:
+        """Keep its processors from running for a share of the time, 0 to 99."""
+
+    def dirty_log(self) -> DirtyLog:
+        """A log of the pages that it writes, not started yet."""

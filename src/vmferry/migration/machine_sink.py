@@ -1,0 +1,120 @@
+"""A machine that waits for its state, as where a destination puts what it receives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry.errors import StreamError, printable
+from vmferry.memory import PAGE_SIZE, MemoryBlock
+from vmferry.pages import Rows, apply_records
+from vmferry.pages.placing import place_rows
+from vmferry.wire.bitmap import BitmapRecord
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.description import VmDescription
+from vmferry.wire.devices import DeviceRegion, DeviceSection
+from vmferry.wire.disk import DiskChunk
+from vmferry.wire.layout import IGNORE_SHARED
+from vmferry.wire.ram import RamBlocks, RamPages
+
+from .loading import Staging
+from .machine import LiveMachine
+from .registry import Registry
+from .run_state import RunState
+
+
+class MachineSink:
+    """Loads *machine*, which does not run and whose memory was never touched.
+
+    Where anything does not fit, an error is raised before any device has changed; memory may have.
+    """
+
+    def __init__(self, machine: LiveMachine) -> None:
+        self._machine = machine
+        self._staging = Staging(machine.registry)
+        self._run_state = RunState.of(running=True)
+        behind = Registry()
+        self._behind = behind.register(self._run_state).name, Staging(behind)
+        self._blocks: dict[str, tuple[MemoryBlock, npt.NDArray[np.uint8]]] = {}
+        self._ignores_shared = False
+
+    def configuration(self, configuration: Configuration | None, page_size: int) -> None:
+        """Refuse what is another machine."""
+        machine = self._machine
+        if configuration is None:
+            raise StreamError(f"the name of the machine {printable(machine.name)}", "none")
+        if configuration.machine != machine.name:
+            raise StreamError(
+                f"a machine {printable(machine.name)}", printable(configuration.machine)
+            )
+        if page_size != PAGE_SIZE:
+            raise StreamError(f"pages of {PAGE_SIZE} bytes", f"pages of {page_size}")
+        if configuration.uuid not in {None, machine.uuid}:
+            raise StreamError(f"the machine with UUID {machine.uuid}", str(configuration.uuid))
+        if unknown := set(configuration.capabilities) - {IGNORE_SHARED}:
+            raise StreamError("no capability but x-ignore-shared", ", ".join(sorted(unknown)))
+        self._ignores_shared = bool(configuration.capabilities)
+
+    def ram_blocks(self, blocks: RamBlocks) -> None:
+        """Refuse other memory than the machine has."""
+        wanted = {block.name: block for block in self._machine.memory.blocks}
+        found = {block.name: block.length for block in blocks.blocks}
+        for name, length in found.items():
+            if name not in wanted:
+                raise StreamError("a RAM block that this machine has", printable(name))
+            if length != wanted[name].size:
+                raise StreamError(f"{wanted[name].size} bytes", str(length), block=name)
+        if missing := wanted.keys() - found.keys():
+            raise StreamError(f"RAM block {printable(min(missing))} as well", "no such block")
+        self._blocks = {
+            name: (block, np.zeros(block.pages, np.uint8))
+            for name, block in wanted.items()
+            if not (block.shared and self._ignores_shared)
+        }
+
+    def pages(self, batch: RamPages) -> None:
+        """Put pages in their place."""
+        name = batch.block.name
+        if name not in self._blocks:
+            raise StreamError("no content of a block that both sides share", "a page", block=name)
+        block, known = self._blocks[name]
+
+        def place(rows: Rows, first: int, data: memoryview) -> int:
+            return apply_records(block.array, rows, first, data, PAGE_SIZE, known)
+
+        try:
+            place_rows(place, batch.rows, batch.data, PAGE_SIZE)
+        except StreamError as error:
+            error.place = replace(error.place, offset=batch.start + (error.place.offset or 0))
+            raise error.within(section="ram", block=name) from None
+
+    def disk_chunk(self, chunk: DiskChunk) -> None:
+        """Refuse it."""
+        raise StreamError("no disk in the stream of this machine", printable(chunk.disk))
+
+    def bitmap(self, record: BitmapRecord) -> None:
+        """Refuse it."""
+        raise StreamError("no dirty bitmap in the stream of this machine", printable(record.node))
+
+    def device(self, section: DeviceSection | DeviceRegion, *, early: bool) -> None:  # noqa: ARG002
+        """Take note of a device's state."""
+        name, behind = self._behind
+        (behind if section.name == name else self._staging).take(section)
+
+    def description(self, description: VmDescription) -> None:
+        """Nothing: what the devices are made of is declared."""
+
+    def commit(self, features: frozenset[str], *, footers: bool) -> None:  # noqa: ARG002
+        """Decode all devices, and then load them."""
+        _, behind = self._behind
+        for staging in (self._staging, behind):
+            staging.finish()
+        for staging in (behind, self._staging):
+            staging.commit()
+
+    @property
+    def runs(self) -> bool:
+        """Whether the machine ran before it was stopped for the migration."""
+        return self._run_state.running

@@ -1,0 +1,73 @@
+"""A machine that runs, as what a source sends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from vmferry.memory import PAGE_SIZE
+from vmferry.wire.bitmap import BitmapRecord
+from vmferry.wire.configuration import Configuration
+from vmferry.wire.layout import IGNORE_SHARED
+from vmferry.wire.ram import RamBlock
+
+from .capabilities import Capability
+from .machine import LiveMachine
+from .outgoing import PageStore
+from .registry import Registry
+from .run_state import RunState
+from .saving import closing_description, device_sections
+
+
+class MachineSource:
+    """An ``Outgoing`` whose devices are saved when they are asked for first: stop it before."""
+
+    page_size = PAGE_SIZE
+    footers = True
+    disks: Sequence[tuple[str, PageStore]] = ()
+    bitmaps: Sequence[BitmapRecord] = ()
+    early: Sequence[bytes] = ()
+
+    def __init__(self, machine: LiveMachine, capabilities: frozenset[Capability]) -> None:
+        self._machine = machine
+        self.was_running = machine.running
+        self._ignore_shared = Capability.IGNORE_SHARED in capabilities
+        self.configuration = Configuration(
+            machine.name,
+            capabilities=(IGNORE_SHARED,) if self._ignore_shared else (),
+            uuid=machine.uuid if Capability.VALIDATE_UUID in capabilities else None,
+        )
+
+    @property
+    def blocks(self) -> list[RamBlock]:
+        """All RAM blocks, also those whose content is not sent."""
+        address = 0 if self._ignore_shared else None
+        memory = self._machine.memory
+        return [RamBlock(block.name, block.size, None, address) for block in memory.blocks]
+
+    def memory(self, block: RamBlock) -> PageStore | None:  # noqa: ARG002
+        """Nothing: the memory of a running machine goes in rounds."""
+        return None
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """Section numbers of the devices, and of the run state behind them."""
+        return frozenset(range(len(self._machine.registry.devices) + 1))
+
+    @cached_property
+    def _saved(self) -> list[tuple[bytes, str]]:
+        registry = self._machine.registry
+        behind = Registry()
+        behind.register(RunState.of(running=self.was_running))
+        count = len(registry.devices)
+        return [*device_sections(registry, 0), *device_sections(behind, count)]
+
+    @property
+    def devices(self) -> list[bytes]:
+        """The device sections."""
+        return [section for section, _ in self._saved]
+
+    @cached_property
+    def description(self) -> bytes:
+        """The closing description."""
+        return closing_description(PAGE_SIZE, [text for _, text in self._saved])[5:]

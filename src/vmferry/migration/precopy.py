@@ -1,0 +1,168 @@
+"""The memory of a machine that runs: all of it once, then what was written meanwhile, in rounds.
+
+QEMU 7.2 ``migration/ram.c``.  The log is started before the first page is read, and a page leaves
+the set of dirty ones before it is read, so whatever is written afterwards is found by the next
+round, or by the last one, when the machine has been stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry.memory import PAGE_SIZE, DirtyLog, MemoryBlock
+from vmferry.pages import gather_pages, pack_pages, set_range, take_pages, zero_pages
+from vmferry.wire.buffer import encode_name
+from vmferry.wire.multifd import pages_per_packet
+from vmferry.wire.ram import RamBlock
+
+from .batches import Batch
+from .page_sender import PageSender
+from .progress import Meter
+
+Numbers = npt.NDArray[np.uint64]
+
+_ROOM: Final = 1 << 20
+"""Bytes of records in a batch: they stay in the second-level cache until they are sent."""
+
+_TAKE: Final = 1 << 12
+"""Pages taken from the set of dirty ones at a time."""
+
+
+@dataclass(slots=True)
+class DirtyBlock:
+    """A RAM block, its log, and the pages of it that are still to be sent; made behind its start.
+
+    ``known`` has a byte for each page, 0 for those that never had memory.
+    """
+
+    memory: MemoryBlock
+    log: DirtyLog
+    dirty: Numbers = field(init=False)
+    known: npt.NDArray[np.uint8] = field(init=False)
+    name: bytes = field(init=False)
+    block: RamBlock = field(init=False)
+
+    def __post_init__(self) -> None:
+        pages = self.memory.pages
+        self.dirty = np.zeros(-(-pages // 64), np.uint64)
+        self.known = self.memory.populated()
+        self.name = encode_name(self.memory.name)
+        self.block = RamBlock(self.memory.name, self.memory.size)
+
+    def add_all(self) -> None:
+        """Everything is to be sent."""
+        set_range(self.dirty, 0, self.memory.pages)
+
+    def collect(self) -> int:
+        """Add what was written since the last time; how many pages are to be sent."""
+        if self.memory.logged:
+            self.log.collect(self.memory, self.dirty)
+        bits = np.unpackbits(self.dirty.view(np.uint8), bitorder="little")[: self.memory.pages]
+        self.known |= bits
+        return int(np.count_nonzero(bits))
+
+    def take(self, most: int = _TAKE) -> Iterator[Numbers]:
+        """Dirty pages, by number and ascending, each time at most *most*, until none is left."""
+        out = np.empty(most, np.uint64)
+        at = 0
+        while True:
+            at, count = take_pages(self.dirty, at, most, out)
+            if not count:
+                return
+            yield out[:count]
+
+
+class Precopy:
+    """Sends the memory of a machine; the ``Passes`` of a source.
+
+    *begin* starts the log and returns the blocks.  *another* is asked after each round, with the
+    bytes that are to be sent now, whether to send them while the machine runs.  *stop* is called
+    once, and has stopped the machine when it returns.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[], list[DirtyBlock]],
+        another: Callable[[int], bool],
+        stop: Callable[[], None],
+        meter: Meter,
+    ) -> None:
+        self._begin = begin
+        self._another = another
+        self._stop = stop
+        self._meter = meter
+        self._blocks: list[DirtyBlock] = []
+        self._room = bytearray(_ROOM)
+        self._last_block: DirtyBlock | None = None
+
+    def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
+        """A section for each round."""
+        self._blocks = self._begin()
+        for block in self._blocks:
+            block.add_all()
+        going_on = True
+        while going_on:
+            self._meter.next_round()
+            yield self._round(pages)
+            going_on = self._another(self._collect())
+
+    def rest(self, pages: PageSender | None) -> Iterator[Batch]:
+        """Stop the machine, and send what it wrote last."""
+        self._stop()
+        self._collect()
+        return self._round(pages)
+
+    def _collect(self) -> int:
+        return sum(block.collect() for block in self._blocks) * PAGE_SIZE
+
+    def _round(self, pages: PageSender | None) -> Iterator[Batch]:
+        for block in self._blocks:
+            if pages is None:
+                for numbers in block.take():
+                    yield from self._pack(block, numbers)
+            else:
+                for numbers in block.take(pages_per_packet(PAGE_SIZE)):
+                    yield from self._pack(block, _hand_over(pages, block, numbers))
+
+    def _pack(self, block: DirtyBlock, numbers: Numbers) -> Iterator[Batch]:
+        """Records of pages, for the main channel."""
+        first = 0
+        while first < len(numbers):
+            named, self._last_block = block is not self._last_block, block
+            next_, used, zero = pack_pages(
+                block.memory.array,
+                numbers,
+                first,
+                PAGE_SIZE,
+                block.name,
+                named,
+                self._room,
+                block.known,
+            )
+            yield Batch(memoryview(self._room)[:used], next_ - first - zero, zero)
+            first = next_
+
+
+def _hand_over(pages: PageSender, block: DirtyBlock, numbers: Numbers) -> Numbers:
+    """Send the pages that have content over multifd; returns the others."""
+    zero = np.empty(len(numbers), np.uint8)
+    count = zero_pages(block.memory.array, numbers, PAGE_SIZE, zero, block.known)
+    if count < len(numbers):
+        full = numbers[zero == 0]
+        pages.send(block.block, full, partial(_content, block.memory, full))
+    rest: Numbers = numbers[zero != 0]
+    return rest
+
+
+def _content(memory: MemoryBlock, pages: Numbers, buffer: memoryview) -> memoryview:
+    first, count = int(pages[0]), len(pages)
+    if int(pages[-1]) - first + 1 == count:
+        # What is written while it is being sent is sent again, so no copy has to be made.
+        return memory.view[first * PAGE_SIZE : (first + count) * PAGE_SIZE]
+    return buffer[: gather_pages(memory.array, pages, PAGE_SIZE, buffer)]
