@@ -6,6 +6,7 @@ migration succeeded only after the sink has committed; until then the machine is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -68,7 +69,8 @@ class Destination:
     target page where the stream does not tell, *tolerate* names what is accepted though a source
     that means well never sends it.  *switchover_ack* says whether to acknowledge the switchover,
     which a source with ``switchover-ack`` waits for and one before QEMU 8.1 refuses to hear
-    (default: by the version of the machine type).
+    (default: by the version of the machine type).  *taken* is called as soon as the machine is this
+    side's, before the connections are closed.
     """
 
     def __init__(
@@ -82,8 +84,10 @@ class Destination:
         page_size: int | None = None,
         tolerate: Tolerate = Tolerate.NOTHING,
         switchover_ack: bool | None = None,
+        taken: Callable[[], None] | None = None,
     ) -> None:
         self._sink = sink
+        self._taken = taken or (lambda: None)
         self._meter = meter or Meter()
         self._deadlines = deadlines or Deadlines()
         self._reader = StreamReader(max_ram=max_ram, page_size=page_size, tolerate=tolerate)
@@ -145,6 +149,7 @@ class Destination:
                 self._take_over(self._announced)
             else:
                 self._answers.confirm()
+            self._taken()
         except BaseException as error:
             # What broke first broke the rest: a source that is refused closes its connections.
             first = self._connections.failure

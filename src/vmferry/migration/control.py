@@ -1,0 +1,260 @@
+"""One machine's migrations, as a monitor sees them: what QEMU's QMP commands do, as methods.
+
+QEMU 7.2 ``migration/migration.c`` (``qmp_migrate`` and its neighbours).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+from vmferry.errors import InDoubt, UsageError, VmferryError
+from vmferry.transports import Listener, connect, listen
+
+from . import capabilities as caps
+from . import parameters as params
+from .capabilities import Capability
+from .connections import Deadlines
+from .destination import Destination
+from .live import LiveSource
+from .machine import LiveMachine
+from .machine_sink import MachineSink
+from .parameters import Parameters
+from .progress import Meter, Progress
+from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack
+
+Notify: TypeAlias = Callable[[str, dict[str, Any]], None]
+"""Told the name and the data of each QMP event, by any thread."""
+
+
+class RunState(StrEnum):
+    """What the machine does, under the names of QEMU's ``RunState``."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    INMIGRATE = "inmigrate"
+    FINISH_MIGRATE = "finish-migrate"
+    POSTMIGRATE = "postmigrate"
+
+
+class Control:
+    """Migrates one *machine*, as QEMU's monitor lets you; any thread may call.
+
+    *notify* is told events: ``STOP``, ``RESUME``, and with capability ``events`` ``MIGRATION`` and
+    ``MIGRATION_PASS``.  What a method raises is a :class:`~vmferry.errors.VmferryError`, and
+    nothing has changed then.
+    """
+
+    def __init__(self, machine: LiveMachine, *, notify: Notify | None = None) -> None:
+        self.machine = machine
+        self._notify = notify or (lambda _name, _data: None)
+        self._lock = threading.RLock()
+        self.capabilities: frozenset[Capability] = frozenset({Capability.RETURN_PATH})
+        self.parameters = Parameters()
+        self._track = StatusTrack(SOURCE, self._status_changed)
+        self._source: LiveSource | None = None
+        self._destination: Destination | None = None
+        self._listener: Listener | None = None
+        self._thread: threading.Thread | None = None
+        self._progress = Progress("setup")
+        self._given_away = False
+        self._error: VmferryError | None = None
+
+    # Settings
+
+    def set_capabilities(self, changes: Mapping[str, bool]) -> None:
+        """``migrate-set-capabilities``."""
+        with self._lock:
+            if self._track.current in UNDER_WAY:
+                raise UsageError("capabilities cannot be changed while a migration is under way")
+            incoming = self._destination is not None
+            self.capabilities = caps.checked(self.capabilities, changes, incoming=incoming)
+
+    def set_parameters(self, changes: Mapping[str, object]) -> None:
+        """``migrate-set-parameters``; they count at once, also while a migration is under way."""
+        with self._lock:
+            self.parameters = params.changed(self.parameters, changes)
+            source = self._source
+        if source is not None:
+            source.parameters_changed()
+
+    # The machine
+
+    @property
+    def run_state(self) -> RunState:
+        """What the machine does now."""
+        if self.machine.running:
+            return RunState.RUNNING
+        if self._given_away:
+            return RunState.POSTMIGRATE
+        if self._track.current in UNDER_WAY:
+            if self._destination is not None:
+                return RunState.INMIGRATE
+            if self._source is not None and self._source.stopped_at is not None:
+                return RunState.FINISH_MIGRATE
+        return RunState.PAUSED
+
+    def stop(self) -> None:
+        """``stop``: let the machine stand still."""
+        with self._lock:
+            self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
+            self.machine.pause()
+        self._notify("STOP", {})
+
+    def cont(self) -> None:
+        """``cont``: let the machine run.
+
+        Behind a migration, and in doubt about who has the machine, that is the word of an operator
+        who knows that it runs nowhere else.
+        """
+        with self._lock:
+            if self._destination is not None and self._progress.phase == "in-doubt":
+                return self._destination.decide(take=True)
+            self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
+            self._given_away = False
+            self.machine.resume()
+        return self._notify("RESUME", {})
+
+    def _refuse_while(self, *states: RunState) -> None:
+        if self.run_state in states:
+            raise UsageError(f"the machine is {self.run_state}: its migration decides")
+
+    # Migrations
+
+    def migrate(self, uri: str) -> None:
+        """``migrate``: begin to move the machine to *uri*; :meth:`query` tells how it goes."""
+        with self._lock:
+            if self._track.current in UNDER_WAY:
+                raise UsageError("a migration is under way already")
+            if self._given_away:
+                raise UsageError("the machine was given away: it is not here to be migrated")
+            track = StatusTrack(SOURCE, self._status_changed)
+            source = LiveSource(
+                self.machine,
+                lambda: connect(uri, timeout=self.parameters.connect_deadline or None),
+                capabilities=self.capabilities,
+                parameters=lambda: self.parameters,
+                track=track,
+                meter=Meter(self._note),
+            )
+            self._source = source
+            self._begin(track, lambda: self._run_source(source))
+
+    def incoming(self, uri: str) -> str:
+        """``migrate-incoming``: wait at *uri* for a machine; the address for its source."""
+        with self._lock:
+            if self.machine.running or self._track.current != Status.NONE:
+                raise UsageError("only a machine that has not run yet can be loaded")
+            now = self.parameters
+            listener = listen(uri)
+            sink = MachineSink(self.machine)
+            destination = Destination(
+                listener,
+                sink,
+                meter=Meter(self._note),
+                deadlines=Deadlines(
+                    now.listen_deadline or None,
+                    now.hello_deadline or None,
+                    now.idle_deadline or None,
+                ),
+                max_ram=self.machine.memory.total,
+                taken=lambda: self._taken(sink),
+            )
+            track = StatusTrack(DESTINATION, self._status_changed)
+            self._destination = destination
+            self._begin(track, lambda: self._run_destination(listener, destination))
+            return listener.address
+
+    def cancel(self) -> None:
+        """``migrate_cancel``: give up an outgoing migration, unless it is too late."""
+        with self._lock:
+            source = self._source
+            if source is not None and self._track.current in UNDER_WAY and source.cancel():
+                self._track.move(Status.CANCELLING)
+
+    def proceed(self, state: str) -> None:
+        """``migrate-continue``: go on from *state*, which is ``pre-switchover``."""
+        with self._lock:
+            current = self._track.current
+            if self._source is None or state != current or current != Status.PRE_SWITCHOVER:
+                raise UsageError(f"the migration is {current}, not {state}")
+            self._source.proceed()
+
+    def wait(self, timeout: float | None = None) -> Status:
+        """Wait for the end of the migration, *timeout* seconds at most; its status."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return self._track.current
+
+    def close(self) -> None:
+        """Give up what is under way, and wait for its end."""
+        self.cancel()
+        with self._lock:
+            destination = self._destination
+        if destination is not None and self._track.current not in ENDS:
+            destination.cancel()
+        self.wait()
+
+    def query(self) -> dict[str, Any]:
+        """``query-migrate``."""
+        with self._lock:
+            answer: dict[str, Any] = {"status": str(self._track.current)}
+            if self._error is not None:
+                answer["error-desc"] = str(self._error)
+            return answer
+
+    # In the thread of a migration
+
+    def _begin(self, track: StatusTrack, run: Callable[[], None]) -> None:
+        track.move(Status.SETUP)
+        self._track, self._error = track, None
+        self._progress = Progress("setup")
+        self._thread = threading.Thread(target=run, name="migration", daemon=True)
+        self._thread.start()
+
+    def _run_source(self, source: LiveSource) -> None:
+        try:
+            source.run()
+        except VmferryError as error:
+            with self._lock:
+                self._given_away = isinstance(error, InDoubt)
+                self._end(Status.FAILED, error)
+        else:
+            with self._lock:
+                self._given_away = True
+                self._end(Status.COMPLETED)
+
+    def _run_destination(self, listener: Listener, destination: Destination) -> None:
+        error = None
+        try:
+            with listener:
+                destination.run()
+        except VmferryError as failure:
+            error = failure
+        with self._lock:
+            self._end(Status.COMPLETED if error is None else Status.FAILED, error)
+
+    def _taken(self, sink: MachineSink) -> None:
+        """The machine is this side's."""
+        if sink.runs:
+            self.machine.resume()
+            self._notify("RESUME", {})
+
+    def _end(self, status: Status, error: VmferryError | None = None) -> None:
+        if self._track.current == Status.CANCELLING:
+            self._track.move(Status.CANCELLED)
+        else:
+            self._error = error
+            self._track.move(status)
+
+    def _note(self, progress: Progress) -> None:
+        """Take note of how far it is; the first byte makes a destination active."""
+        self._progress = progress
+        if self._destination is not None and progress.phase == "active":
+            self._track.move_if(Status.SETUP, Status.ACTIVE)
+
+    def _status_changed(self, status: Status) -> None:
+        if Capability.EVENTS in self.capabilities:
+            self._notify("MIGRATION", {"status": str(status)})
