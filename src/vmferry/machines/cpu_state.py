@@ -21,8 +21,9 @@ RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 class Segment:
     """A segment register with its hidden part.
 
-    ``attributes`` are bits 8 to 23 of the descriptor's high half, limit bits masked, as in VMX and
-    SVM images: type 0-3, S 4, DPL 5-6, P 7, AVL 8, L 9, D/B 10, G 11, and 12: unusable.
+    ``attributes`` are bits 8 to 23 of the high half of the descriptor, without those of the limit,
+    as in VMX: type 0-3, S 4, DPL 5-6, P 7, AVL 12, L 13, D/B 14, G 15.  A register that must not
+    be used, as after loading a null selector, is not present (P).  ``limit`` is in bytes.
     """
 
     selector: U16 = 0
