@@ -28,7 +28,7 @@ belong to the same instant prints ``E``.
 
 from __future__ import annotations
 
-from guests.listing import assemble
+from vmferry.machines.listing import assemble
 
 PAGE = 4096
 MAGIC = 0x59524546

@@ -6,7 +6,7 @@ writes ``MARK``; then it loads the registers, says ``R`` on the serial port and 
 
 from __future__ import annotations
 
-from guests.listing import assemble
+from vmferry.machines.listing import assemble
 
 MARK = 0x1122334455667788
 HIGH = 1 << 32

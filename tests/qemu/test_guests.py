@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from guests import GuestError, Serial, check_ram, walker
-from guests.listing import assemble
 from guests.walker import MAGIC
+from vmferry.machines.listing import assemble
 from vmferry.qemu import QemuProcess
 
 Start = Callable[..., QemuProcess]

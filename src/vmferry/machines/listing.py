@@ -4,8 +4,10 @@ A line is ``label:``, or machine code in hex followed by ``; what it does``.  In
 line may hold ``{name.kind}``: the value of a label or of a parameter, where *kind* is
 
 ====  =====================================================
+q     64 bits, little-endian
 d     32 bits, little-endian
 w     16 bits, little-endian
+b     8 bits
 r     8 bits, the distance from the next byte to the label
 R     32 bits, the distance from the next byte to the label
 ====  =====================================================
@@ -16,12 +18,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-_TOKEN = re.compile(r"([0-9a-f]{2})|\{(\w+)\.([dwrR])\}")
-_WIDTH = {"d": 4, "w": 2, "r": 1, "R": 4}
+_TOKEN = re.compile(r"([0-9a-f]{2})|\{(\w+)\.([qdwbrR])\}")
+_WIDTH = {"q": 8, "d": 4, "w": 2, "b": 1, "r": 1, "R": 4}
 
 
 def assemble(listing: str, *, origin: int, parameters: Mapping[str, int]) -> bytes:
-    """The bytes of *listing*, to be loaded at the address *origin*."""
+    """The bytes of *listing*, to be loaded at the address *origin*.
+
+    Raises ``ValueError`` for what is no machine code, ``KeyError`` for a name that is neither a
+    label nor a parameter, and ``OverflowError`` for a label that is too far away.
+    """
     tokens = list(_tokens(listing))
     symbols = dict(parameters)
     address = origin
