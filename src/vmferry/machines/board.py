@@ -1,0 +1,168 @@
+"""The machine: RAM, vCPUs on some host, devices with declared state, and a guest."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+from uuid import UUID
+
+from vmferry.errors import MachineError
+from vmferry.memory import DirtyLog, GuestMemory, open_dirty_log
+from vmferry.migration.registry import Registry
+
+from .bus import DeviceBus
+from .config import MachineConfig
+from .cpu import Bus, CpuHost
+from .cpu_state import CpuState
+from .devices.clock import RealTimeClock
+from .devices.debug_exit import DebugExit
+from .devices.serial import Serial
+from .devices.timer import STRIDE, IntervalTimer
+from .guest.layout import HOLE_END, HOLE_START, Layout
+from .guest.program import install
+from .long_mode import enter
+from .runner import Runner
+
+NAME: Final = "vmferry-1.0"
+RAM: Final = "ram"
+
+SERIAL_PORT: Final = 0x3F8
+CLOCK_PORT: Final = 0x70
+EXIT_PORT: Final = 0xF4
+TIMER_ADDRESS: Final = 0xFED00000
+
+
+class HostedMachine:
+    """A machine that this process runs; a context manager, closed at the end.
+
+    Made at rest, with empty memory: :meth:`start` runs a fresh guest, or its state is loaded and
+    :meth:`resume` goes on with it.  What *serial* is called with is what the guest sends; it is
+    called in the thread of a vCPU, and must neither wait nor call the machine.
+    """
+
+    name: Final = NAME
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        make_host: Callable[[Bus], CpuHost],
+        *,
+        serial: Callable[[bytes], None],
+    ) -> None:
+        self.config = config
+        self.layout: Final = Layout.of(config)
+        self.uuid: UUID | None = config.uuid
+        self.registry = Registry()
+        self.running = False
+        self.serial = Serial(serial)
+        self._timer = IntervalTimer(config.cpus)
+        self._exit = DebugExit(self._guest_ended)
+        self._over = threading.Event()
+        self._lock = threading.Lock()  # of `running` and what goes with it
+        bus = self._bus()
+        self._host = make_host(bus)
+        self.memory = GuestMemory()
+        self._map_ram()
+        vcpus = [self._host.add_vcpu() for _ in range(config.cpus)]
+        self._cpus = [CpuState(vcpu) for vcpu in vcpus]
+        for cpu in self._cpus:
+            self.registry.register(cpu)
+        self._runner = Runner(vcpus, until_alarm=self._timer.until_alarm, ended=self._machine_ended)
+
+    def _bus(self) -> DeviceBus:
+        clock = RealTimeClock()
+        for device in (self._timer, self.serial, clock, self._exit):
+            self.registry.register(device)
+        timers = TIMER_ADDRESS + STRIDE * self.config.cpus
+        return DeviceBus(
+            ports=[
+                (range(SERIAL_PORT, SERIAL_PORT + 8), self.serial),
+                (range(CLOCK_PORT, CLOCK_PORT + 8), clock),
+                (range(EXIT_PORT, EXIT_PORT + 1), self._exit),
+            ],
+            memory=[(range(TIMER_ADDRESS, timers), self._timer)],
+        )
+
+    def _map_ram(self) -> None:
+        block = self.memory.add(RAM, self.config.ram)
+        low = min(block.size, HOLE_START)
+        self._host.map(0, block.address, low)
+        if block.size > low:
+            self._host.map(HOLE_END, block.address + low, block.size - low)
+
+    # Running
+
+    def start(self) -> None:
+        """Put the guest into memory and run it from its first instruction."""
+        ram = self.memory[RAM].array
+        install(ram, self.config, TIMER_ADDRESS, STRIDE)
+        for index, cpu in enumerate(self._cpus):
+            enter(cpu, self.layout, index)
+            cpu.holder.write(cpu)
+        self.resume()
+
+    def resume(self) -> None:
+        """Run, if it does not; a guest that has ended stays where it is."""
+        with self._lock:
+            if self._exit.over:
+                self._over.set()
+            if self.running or self._over.is_set():
+                return
+            self._timer.start()
+            self._runner.resume()
+            self.running = True
+
+    def pause(self) -> None:
+        """Stop all vCPUs and guest time; when this returns nothing changes any more."""
+        with self._lock:
+            self._runner.pause()
+            self._timer.stop()
+            self.running = False
+
+    def throttle(self, percent: int) -> None:
+        """Keep the vCPUs from running for *percent* of the time, 0 to 99."""
+        self._runner.throttle(percent)
+
+    def dirty_log(self) -> DirtyLog:
+        """A log of the pages that guest and host write."""
+        return open_dirty_log(self.memory)
+
+    # The end
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """The exit status of the guest once it has ended; ``None`` if it has not by then.
+
+        Raises :class:`MachineError` where it could not go on.
+        """
+        if not self._over.wait(timeout):
+            return None
+        if (failure := self._runner.failure) is not None:
+            raise MachineError(f"the machine stopped: {failure}") from failure
+        return self._exit.status
+
+    def _guest_ended(self) -> None:
+        self._runner.end()
+        self._machine_ended()
+
+    def _machine_ended(self) -> None:
+        self.running = False
+        self._over.set()
+
+    def close(self) -> None:
+        """End the threads and give everything back."""
+        self._runner.close()
+        self._host.close()
+        self.memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,210 @@
+"""What a machine is made of, and reading that from a file.
+
+::
+
+    kind = "auto"               # or kvm, unicorn
+    ram = "256MiB"
+    cpus = 1
+    uuid = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
+
+    [guest]                     # what the guest that comes with vmferry does
+    working-set = "64MiB"       # the memory it walks over; default: half of ram
+    rate = "200MB/s"            # or pages per second, or "unlimited"
+    hot = 0.5                   # share of the working set that it rewrites; it reads the rest
+    changed = 1.0               # share of a page that it changes when it rewrites it
+    heartbeat = 0.1             # seconds between two lines on the serial port
+
+Every key has a default.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+from uuid import UUID
+
+from vmferry.errors import StorageError, UsageError
+from vmferry.units import format_size, parse_rate, parse_size
+
+PAGE: Final = 4096
+KINDS: Final = ("auto", "kvm", "unicorn")
+
+_MIN_RAM: Final = 1 << 20
+_MAX_RAM: Final = 500 << 30
+"""What one table of page directories maps, less the hole for devices."""
+
+_MAX_CPUS: Final = 64
+_MAX_RATE: Final = 10**9
+_MIN_HEARTBEAT: Final = 0.001
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestConfig:
+    """What the guest does; sizes in bytes.
+
+    ``rate`` is how many pages per second it goes over, on all vCPUs together, once it has gone
+    over all of them; ``None`` for as many as it can.  ``working_set`` is half of the RAM where it
+    is ``None``.
+    """
+
+    working_set: int | None = None
+    rate: int | None = None
+    hot: float = 1.0
+    changed: float = 1.0
+    heartbeat: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` for what cannot be."""
+        size, rate = self.working_set, self.rate
+        if size is not None and (size < PAGE or size % PAGE):
+            raise UsageError(f"working-set: expected whole pages of {PAGE} bytes, found {size}")
+        if rate is not None and not 1 <= rate <= _MAX_RATE:
+            raise UsageError(f"rate: expected 1 to {_MAX_RATE} pages per second, found {rate}")
+        _check_share("hot", self.hot, 0)
+        _check_share("changed", self.changed, 0.001)
+        if not _MIN_HEARTBEAT <= self.heartbeat <= 3600:
+            raise UsageError(
+                f"heartbeat: expected {_MIN_HEARTBEAT} to 3600 seconds, found {self.heartbeat:g}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineConfig:
+    """A machine; ``ram`` in bytes.  ``kind`` is how it is hosted, and no part of what it is."""
+
+    kind: str = "auto"
+    ram: int = 256 << 20
+    cpus: int = 1
+    uuid: UUID | None = None
+    guest: GuestConfig = field(default_factory=GuestConfig)
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` for what cannot be."""
+        if self.kind not in KINDS:
+            raise UsageError(f"kind: expected {', '.join(KINDS)}, found {self.kind!r}")
+        if not _MIN_RAM <= self.ram <= _MAX_RAM or self.ram % PAGE:
+            raise UsageError(
+                f"ram: expected whole pages, from {format_size(_MIN_RAM)} to "
+                f"{format_size(_MAX_RAM)}, found {self.ram} bytes"
+            )
+        if not 1 <= self.cpus <= _MAX_CPUS:
+            raise UsageError(f"cpus: expected 1 to {_MAX_CPUS}, found {self.cpus}")
+
+
+def _check_share(key: str, share: float, least: float) -> None:
+    if not least <= share <= 1:
+        raise UsageError(f"{key}: expected a share of {least:g} to 1, found {share:g}")
+
+
+def read_config(path: str | os.PathLike[str]) -> MachineConfig:
+    """The machine that a TOML file describes.
+
+    Raises :class:`~vmferry.errors.StorageError` for a file that cannot be read, and
+    :class:`UsageError`, which names the file and the key, for what is no machine.
+    """
+    file = Path(path)
+    try:
+        text = file.read_bytes().decode()
+    except OSError as error:
+        raise StorageError(f"{file}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: expected UTF-8: {error}") from error
+    try:
+        return _machine(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{file}: expected TOML: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+
+
+def _machine(values: Mapping[str, Any]) -> MachineConfig:
+    read = _read(values, MachineConfig, _MACHINE, "")
+    return MachineConfig(**read)
+
+
+def _guest(values: object) -> GuestConfig:
+    if not isinstance(values, Mapping):
+        raise UsageError(f"expected a table, found {values!r}")
+    read = _read(values, GuestConfig, _GUEST, "guest.")
+    try:
+        return GuestConfig(**read)
+    except UsageError as error:
+        raise UsageError(f"guest.{error}") from error
+
+
+Convert = Callable[[Any], Any]
+
+
+def _read(
+    values: Mapping[str, Any], cls: type, converters: Mapping[str, Convert], prefix: str
+) -> dict[str, Any]:
+    """The fields of *cls* that *values* gives, under their keys in the file."""
+    keys = {f.name.replace("_", "-"): f.name for f in fields(cls)}
+    read = {}
+    for key, value in values.items():
+        if key not in keys:
+            raise UsageError(f"{prefix}{key}: no such key; there are {', '.join(keys)}")
+        try:
+            read[keys[key]] = converters[keys[key]](value)
+        except UsageError as error:
+            text = str(error)
+            raise UsageError(
+                text if text.startswith("guest.") else f"{prefix}{key}: {text}"
+            ) from error
+    return read
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"expected text, found {value!r}")
+    return value
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UsageError(f"expected a whole number, found {value!r}")
+    return value
+
+
+def _number(value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UsageError(f"expected a number, found {value!r}")
+    return float(value)
+
+
+def _size(value: object) -> int:
+    return parse_size(value) if isinstance(value, str) else _integer(value)
+
+
+def _rate(value: object) -> int | None:
+    """Pages per second: as they are, or from a size per second; ``None`` without limit."""
+    if value == "unlimited":
+        return None
+    return parse_rate(value) // PAGE if isinstance(value, str) else _integer(value)
+
+
+def _uuid(value: object) -> UUID:
+    try:
+        return UUID(_text(value))
+    except ValueError as error:
+        raise UsageError(f"expected a UUID, found {value!r}") from error
+
+
+_MACHINE: Final[Mapping[str, Convert]] = {
+    "kind": _text,
+    "ram": _size,
+    "cpus": _integer,
+    "uuid": _uuid,
+    "guest": _guest,
+}
+_GUEST: Final[Mapping[str, Convert]] = {
+    "working_set": _size,
+    "rate": _rate,
+    "hot": _number,
+    "changed": _number,
+    "heartbeat": _number,
+}

@@ -1,0 +1,84 @@
+"""The guest as an image, and its memory as it is before the first instruction."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry.machines.config import MachineConfig
+from vmferry.machines.listing import assemble
+
+from . import pages, schedule, walk, words
+from .layout import (
+    BLOCK,
+    BLOCK_LINE,
+    CODE,
+    DEVICES,
+    DEVICES_PHYSICAL,
+    GDT,
+    Layout,
+    page_tables,
+)
+
+DESCRIPTORS: Final = (0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
+"""Null, 08: code of 64 bits, 10: data; both accessed already."""
+
+
+@cache
+def code() -> bytes:
+    """The code, for the address :data:`~.layout.CODE`; the same for every machine."""
+    offsets = {name.upper(): offset for name, (_, offset, *_) in (BLOCK.fields or {}).items()}
+    constants = {
+        name: getattr(pages, name) for name in ("MAGIC", "PAGE_FACTOR", "SEED_FACTOR", "WORD_STEP")
+    }
+    return assemble(
+        schedule.LISTING + walk.LISTING + words.LISTING,
+        origin=CODE,
+        parameters=offsets | constants | {"LINE": BLOCK_LINE},
+    )
+
+
+def install(ram: npt.NDArray[np.uint8], config: MachineConfig, timers: int, stride: int) -> None:
+    """Write the guest into *ram*, which is zero.
+
+    *timers* is the physical address of the interval timer's registers, *stride* how far apart
+    those of two vCPUs are.
+    """
+    layout = Layout.of(config)
+
+    def put(start: int, content: npt.NDArray[np.generic]) -> None:
+        data = content.reshape(-1).view(np.uint8)
+        ram[start : start + len(data)] = data
+
+    put(GDT, np.array(DESCRIPTORS, "<u8"))
+    put(CODE, np.frombuffer(code(), np.uint8))
+    put(layout.tables, page_tables(layout))
+    for index in range(config.cpus):
+        block = parameters(config, index)
+        block["timer"] = DEVICES + timers - DEVICES_PHYSICAL + index * stride
+        put(layout.block(index), block)
+
+
+def parameters(config: MachineConfig, index: int) -> npt.NDArray[np.void]:
+    """The block of the vCPU *index* as an array of one, but for the address of its timer."""
+    layout, guest = Layout.of(config), config.guest
+    share = layout.share(index)
+    block = np.zeros(1, BLOCK)
+    block["index"], block["base"], block["cpus"] = index, layout.base, config.cpus
+    block["hot_first"], block["hot_count"] = share.hot_first, share.hot_count
+    block["cold_first"], block["cold_count"] = share.cold_first, share.cold_count
+    if guest.rate is not None:
+        block["rate"] = max(
+            1, guest.rate * (index + 1) // config.cpus - guest.rate * index // config.cpus
+        )
+    block["changed"] = changed_lines(guest.changed)
+    block["interval"] = round(guest.heartbeat * 1e9)
+    return block
+
+
+def changed_lines(share: float) -> int:
+    """How many lines of a page are rewritten where that *share* of it is to change."""
+    return max(1, round(share * pages.LINES))
