@@ -19,7 +19,6 @@ from vmferry.wire.devices import (
     DeviceRegion,
     DeviceSection,
     EarlyFinder,
-    Found,
     TailFinder,
     split_by_footers,
     split_devices,
@@ -206,7 +205,7 @@ def test_the_end_of_a_recorded_stream_is_found_before_it_closes(name: str) -> No
     assert found is not None
     assert (found.devices_size, found.description_size) == ends(tail)
     assert found.description == tail.description
-    sections = found.sections(memoryview(tail.data))
+    sections = found.sections
     assert b"".join(s.encode() for s in sections) == tail.data[: tail.devices_size]
     assert sections[0].offset == 90
 
@@ -237,8 +236,9 @@ def test_a_stream_cut_anywhere_is_truncated() -> None:
         with pytest.raises(StreamError):
             finder(tail).search(memoryview(tail.data)[:size], ended=True)
     found = finder(tail).search(memoryview(tail.data)[:closed], ended=True)
-    assert found == Found(tail.devices_size, None, 0, 0, True, 0)
-    sections = found.sections(tail.data)
+    assert found is not None
+    assert (found.devices_size, found.description) == (tail.devices_size, None)
+    sections = found.sections
     assert [s.encode() for s in sections] == [s.encode() for s in tail.sections]
 
 
@@ -246,7 +246,7 @@ def test_without_footers_and_description_the_devices_stay_one_region() -> None:
     tail = recorded("pc-2.3")
     found = finder(tail, 4).search(tail.data[: tail.devices_size + 1], ended=True)
     assert found is not None
-    (region,) = found.sections(tail.data)
+    (region,) = found.sections
     assert isinstance(region, DeviceRegion)
     assert (region.offset, region.size) == (4, tail.devices_size)
     assert region.encode() == tail.data[: tail.devices_size]
@@ -352,7 +352,7 @@ def test_mutated_streams_raise_nothing_else(data: st.DataObject) -> None:
     with contextlib.suppress(StreamError):
         found = finder(tail).search(bytes(whole), ended=True)
         assert found is not None
-        sections = found.sections(whole)
+        sections = found.sections
         assert b"".join(s.encode() for s in sections) == bytes(whole[: found.devices_size])
 
 
@@ -367,7 +367,7 @@ def test_a_description_can_stand_alone(early: int) -> None:
     found = search(rest, ended=False)
     assert found is not None
     assert (found.devices_size, found.description_size) == (0, len(rest))
-    assert found.sections(b"") == ()
+    assert found.sections == ()
 
 
 def test_nothing_behind_the_end_is_no_description() -> None:

@@ -17,8 +17,8 @@ from vmferry.errors import StateError, StreamError, printable
 from vmferry.vmstate import Staged, stage
 from vmferry.vmstate.staging import run_hook
 from vmferry.wire.configuration import Configuration
-from vmferry.wire.description import VmDescription
-from vmferry.wire.devices import DeviceRegion, DeviceSection
+from vmferry.wire.description import UnreadDescription, VmDescription
+from vmferry.wire.devices import Decode, DecodedDevices, DeviceRegion, DeviceSection
 from vmferry.wire.framed import Frame
 from vmferry.wire.sections import (
     EndOfStream,
@@ -43,20 +43,21 @@ _PARTLY: Final = "the machine is loaded in part: do not run it"
 
 
 def load_stream(
-    machine: Machine, events: Callable[[], Events], *, may_lack: Collection[str] = ()
+    machine: Machine, events: Callable[[Decode], Events], *, may_lack: Collection[str] = ()
 ) -> None:
-    """Load the stream that *events* gives, each time it is called, from the beginning.
+    """Load the stream that *events* gives from the beginning, each time that it is called.
 
-    It is read twice where the machine has iterative handlers: to see whether all of it fits, and
-    to load them.  The names in *may_lack* are those of sections that need not be there.  Raises
-    :class:`StreamError`, with the machine as it was unless it says otherwise.
+    What it is called with is for the reader of the stream.  It is read twice where the machine has
+    iterative handlers: to see whether all of it fits, and to load them.  The names in *may_lack*
+    are those of sections that need not be there.  Raises :class:`StreamError`, with the machine as
+    it was unless it says otherwise.
     """
     check = _Check(machine)
-    for event, end in events():
+    for event, end in events(check.staging.decode):
         check.take(event, end)
     check.finish(may_lack)
     if check.handlers:
-        _load_handlers(check.handlers, events())
+        _load_handlers(check.handlers, events(check.staging.decode))
     check.staging.commit()
 
 
@@ -76,28 +77,47 @@ class Staging:
 
     Events of the stream are given to :meth:`start` and :meth:`take` in their order; :meth:`finish`
     says whether all of it fits, and :meth:`commit` assigns it.  All raise :class:`StreamError`,
-    and only :meth:`commit` changes anything.
+    and only :meth:`commit` changes anything.  A reader that is given :meth:`decode` need not read
+    the stream's description to tell devices apart, which takes most of the time otherwise.
     """
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._seen: set[Section] = set()
-        self._regions: list[_Region] = []
+        self._parts: list[_Region | DecodedDevices] = []
         self._staged: list[tuple[Device, Staged]] = []
 
     def start(self, head: SectionStart, offset: int) -> Handler:
         """The handler of an iterative section that begins at *offset*."""
         section = self._find(head, offset, Handler)
+        self._note(section, offset)
         _check_version(section, head.version, offset)
         return section
 
-    def take(self, section: DeviceSection | DeviceRegion) -> None:
+    def decode(
+        self, head: SectionStart, data: memoryview, offset: int
+    ) -> tuple[int, tuple[Device, Staged]]:
+        """Decode the state that *data* begins with, which must not change before the end of all.
+
+        For :class:`~vmferry.wire.reader.StreamReader`, whose events then hold what this returns.
+        """
+        device = self._find(head, offset, Device)
+        try:
+            state = stage(device.device, data, head.version)
+        except StreamError as error:
+            raise error.within(section=device.name, offset=offset) from error.__cause__
+        return state.size, (device, state)
+
+    def take(self, section: DeviceSection | DeviceRegion | DecodedDevices) -> None:
         """Take note of the state of devices."""
+        if isinstance(section, DecodedDevices):
+            self._parts.append(section)
+            return
         footers = isinstance(section, DeviceSection) and section.footer
-        region = self._regions[-1] if self._regions else None
-        if region is None or region.offset + region.size != section.offset:
+        region = self._parts[-1] if self._parts else None
+        if not isinstance(region, _Region) or region.offset + region.size != section.offset:
             region = _Region(section.offset, footers)
-            self._regions.append(region)
+            self._parts.append(region)
         if isinstance(section, DeviceSection) and section.described:
             start = region.size + len(section.head)
             region.ends[start] = start + len(section.body)
@@ -106,7 +126,13 @@ class Staging:
 
     def finish(self, may_lack: Collection[str] = ()) -> None:
         """Decode the devices; only sections named in *may_lack* may be without a state."""
-        self._staged = [state for region in self._regions for state in self._decode(region)]
+        for part in self._parts:
+            if isinstance(part, DecodedDevices):
+                for device, state in part.states:
+                    self._note(device, part.offset)
+                    self._staged.append((device, state))
+            else:
+                self._staged += self._decode(part)
         lacking = [
             str(section)
             for section in (*self._registry.handlers, *self._registry.devices)
@@ -124,9 +150,10 @@ class Staging:
 
         Where one fails, those behind it are as they were, and the error says so.
         """
-        for section, state in self._staged:
-            with within(section), _partly():
-                state.commit()
+        with _partly():
+            for section, state in self._staged:
+                with within(section):
+                    state.commit()
 
     def _decode(self, region: _Region) -> Iterator[tuple[Device, Staged]]:
         raw = b"".join(region.parts)
@@ -134,6 +161,7 @@ class Staging:
         while at < len(raw):
             head, start = read_head(raw, at, region.offset)
             device = self._find(head, region.offset + at, Device)
+            self._note(device, region.offset + at)
             end = region.ends.get(start)
             with within(device, region.offset + start):
                 state = stage(device.device, memoryview(raw)[start:end], head.version)
@@ -152,7 +180,7 @@ class Staging:
             yield device, state
 
     def _find(self, head: SectionStart, offset: int, kind: type[S]) -> S:
-        """What the machine has of *kind* under the section's name; each only once."""
+        """What the machine has of *kind* under the section's name."""
         section = self._registry.find(head.name, head.instance)
         if section is None:
             instances = ", ".join(map(str, self._registry.instances(head.name)))
@@ -170,10 +198,13 @@ class Staging:
                 section=head.name,
                 offset=offset,
             )
-        if section in self._seen:
-            raise StreamError(f"{section} once", "it again", section=head.name, offset=offset)
-        self._seen.add(section)
         return section
+
+    def _note(self, section: Section, offset: int) -> None:
+        """Take note that the stream has the section; each only once."""
+        if section in self._seen:
+            raise StreamError(f"{section} once", "it again", section=section.name, offset=offset)
+        self._seen.add(section)
 
 
 class _Check:
@@ -192,11 +223,11 @@ class _Check:
                 self._configure(event, end)
             case SectionStart():
                 self.handlers[event.number] = self.staging.start(event, end - len(event.encode()))
-            case DeviceSection() | DeviceRegion():
+            case DeviceSection() | DeviceRegion() | DecodedDevices():
                 self.staging.take(event)
             case Header() | SectionPart() | SectionEnd() | SectionFooter() | Frame():
                 pass
-            case EndOfStream() | VmDescription():
+            case EndOfStream() | VmDescription() | UnreadDescription():
                 pass
             case _:
                 raise StreamError(
@@ -224,16 +255,20 @@ class _Check:
 
 
 def _load_handlers(handlers: dict[int, Handler], events: Events) -> None:
-    """Give every piece to its handler."""
+    """Give every piece to its handler; *events* are taken up to the last of them."""
     versions: dict[int, int] = {}
+    left = set(handlers)
     number = 0
     for event, end in events:
         match event:
             case SectionStart():
                 versions[event.number] = event.version
                 number = event.number
-            case SectionPart() | SectionEnd():
+            case SectionPart():
                 number = event.number
+            case SectionEnd():
+                number = event.number
+                left.discard(number)
             case Frame():
                 section = handlers[number]
                 piece = PieceReader(event.data)
@@ -244,6 +279,8 @@ def _load_handlers(handlers: dict[int, Handler], events: Events) -> None:
                             f"{section} to take all {len(event.data)} bytes of a piece",
                             f"{len(piece)} left",
                         )
+                if not left:
+                    break
 
 
 def _check_version(section: Section, version: int, offset: int) -> None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Final, Protocol
 
 from vmferry.errors import LimitExceeded, StateError, StreamError, UsageError, printable
 from vmferry.vmstate.staging import run_hook
 from vmferry.vmstate.transfer import save_described
 from vmferry.wire import limits
 from vmferry.wire.configuration import Configuration
-from vmferry.wire.description import parse_description
+from vmferry.wire.description import UnreadDescription, parse_description
 from vmferry.wire.framed import Frame, frame_description
 from vmferry.wire.layout import Kind
 from vmferry.wire.machine import target_page_size
@@ -46,6 +46,9 @@ class Machine(Protocol):
         """Its devices and handlers."""
 
 
+_SURELY_READABLE: Final = 4 * limits.JSON_TOKENS
+"""Bytes of a description that cannot have more tokens than readers allow: a field has 8 in 40."""
+
 Write = Callable[[bytes], object]
 
 
@@ -65,22 +68,27 @@ def device_sections(registry: Registry, first: int) -> Iterator[tuple[bytes, str
     The devices do not run meanwhile.  Raises :class:`StateError` where a state does not fit its
     declaration.
     """
+    total = 0
     for number, section in enumerate(registry.devices, first):
         head = SectionStart(number, section.name, section.instance, section.version)
         before, behind = head.encode(Kind.FULL), SectionFooter(number).encode()
-        with within(section):
+        try:
             data, members = save_described(section.device, before=before, behind=behind)
-            if (size := len(data) - len(before) - len(behind)) > limits.DEVICE_SECTION:
-                most = f"a state of at most {limits.DEVICE_SECTION} bytes"
-                raise LimitExceeded(most, str(size))
+            _check_size("a state", len(data) - len(before) - len(behind), limits.DEVICE_SECTION)
+        except StreamError as error:
+            raise error.within(section=section.name) from error.__cause__
+        total += len(data)
+        _check_size("states", total, limits.DEVICES)
         yield data, f"{{{_identity(section)}, {members}}}"
 
 
 def closing_description(page_size: int, descriptions: Sequence[str]) -> bytes:
     """What stands behind the end of a stream whose sections have *descriptions*."""
-    text = f'{{"page_size": {page_size}, "devices": [{", ".join(descriptions)}]}}'
-    # Whoever loads the stream refuses what this refuses.
-    return parse_description(text.encode()).encode()
+    head = f'{{"page_size": {page_size}, "devices": ['.encode()
+    text = b"".join((head, ", ".join(descriptions).encode(), b"]}"))
+    if len(text) > _SURELY_READABLE or len(descriptions) > limits.DEVICE_COUNT:
+        parse_description(text)  # Whoever reads the stream refuses what this refuses.
+    return UnreadDescription(text).encode()
 
 
 class _Saving:
@@ -146,6 +154,11 @@ class _Head(Protocol):
     def number(self) -> int: ...
 
     def encode(self) -> bytes: ...
+
+
+def _check_size(what: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise LimitExceeded(f"{what} of at most {limit} bytes", str(size))
 
 
 def _identity(section: Section) -> str:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from vmferry.errors import StorageError, StreamError
+from vmferry.wire.devices import Decode
 from vmferry.wire.reader import StreamReader, Tolerate
 
 from .loading import Events, load_stream
 from .saving import Machine, save_stream
 
 _BUFFER: Final = 1 << 20
+_READ: Final = 16 << 20
 
 
 def save(machine: Machine, path: str | os.PathLike[str]) -> None:
@@ -51,14 +53,21 @@ def load(machine: Machine, path: str | os.PathLike[str], *, may_lack: Collection
     with file:
         if not file.seekable():
             raise StorageError(f"{source}: expected a file, found something that cannot seek")
-        load_stream(machine, lambda: _events(file, source), may_lack=may_lack)
+        load_stream(machine, lambda decode: _events(file, source, decode), may_lack=may_lack)
 
 
-def _events(file: BinaryIO, path: Path) -> Events:
+def _events(file: BinaryIO, path: Path, decode: Decode) -> Events:
     """The events of the stream in *file*, which holds nothing else."""
-    reader = StreamReader(channel=str(path), tolerate=Tolerate.NO_RAM, framed=True)
     with _storing(path, "loaded"):
+        size = file.seek(0, os.SEEK_END)
         file.seek(0)
+    reader = StreamReader(
+        channel=str(path),
+        tolerate=Tolerate.NO_RAM,
+        framed=True,
+        decode=decode,
+        capacity=min(size, _READ) + _BUFFER,  # so that it seldom has to grow
+    )
     while not reader.finished:
         with _storing(path, "loaded"):
             count = file.readinto(reader.buffer.room())  # type: ignore[attr-defined]
@@ -84,8 +93,10 @@ def _replacing(target: Path) -> Iterator[Callable[[bytes], None]]:
     aside = Path(name)
 
     def write(data: bytes) -> None:
-        with _storing(target, "saved"):
+        try:
             file.write(data)
+        except OSError as error:
+            raise _unstorable(target, "saved", error) from error
 
     try:
         # Only the raw file is closed, as a buffer would try once more to write what could not be.
@@ -108,7 +119,11 @@ def _storing(path: Path, done: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: cannot be {done}: {error.strerror}") from error
+        raise _unstorable(path, done, error) from error
+
+
+def _unstorable(path: Path, done: str, error: OSError) -> StorageError:
+    return StorageError(f"{path}: cannot be {done}: {error.strerror}")
 
 
 def _sync_directory(directory: Path) -> None:

@@ -119,6 +119,17 @@ class VmDescription:
         return bytes([Kind.DESCRIPTION]) + len(self.text).to_bytes(4) + self.text
 
 
+@dataclass(frozen=True, slots=True)
+class UnreadDescription:
+    """A description that nobody had to read, as the devices are known without it."""
+
+    text: bytes
+
+    def encode(self) -> bytes:
+        """The description as on the wire."""
+        return bytes([Kind.DESCRIPTION]) + len(self.text).to_bytes(4) + self.text
+
+
 def parse_description(text: bytes | memoryview) -> VmDescription:
     """Read the JSON of a description.
 

@@ -12,28 +12,33 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from vmferry.errors import LimitExceeded, StreamError, TruncatedStream, printable
 
 from . import limits
-from .description import VmDescription, parse_description
+from .description import UnreadDescription, VmDescription, parse_description
 from .layout import Kind
 from .sections import SectionFooter
 from .split import (
     FOOTER_SIZE,
     TRIES,
+    Decode,
+    DecodedDevices,
     DeviceRegion,
     DeviceSection,
     goes_on,
     make_section,
     read_head,
+    split_by_decoding,
     split_by_footers,
     split_devices,
 )
 
 __all__ = [
     "CANDIDATES",
+    "Decode",
+    "DecodedDevices",
     "DeviceRegion",
     "DeviceSection",
     "EarlyFinder",
@@ -51,34 +56,24 @@ _TAIL: Final = rb"\x00\x06(?:\x00.{3}|\x01\x00{3})\{"
 _TAIL_SIZE: Final = 7
 
 # QEMU's JSON is one line, and a string in it has no control characters.
-_NOT_JSON: Final = re.compile(rb"[\x00\n]")
+_NOT_JSON: Final = (b"\0", b"\n")
+
+
+Section: TypeAlias = DeviceSection | DeviceRegion | DecodedDevices
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where the device sections end and what stands behind.
+    """The device sections, whose bodies are copies, and what stands behind them.
 
     ``devices_size`` is the bytes of all device sections, up to the end-of-stream byte;
     ``description_size`` those of the description behind that byte, 0 where there is none.
     """
 
+    sections: tuple[Section, ...]
     devices_size: int
-    description: VmDescription | None
+    description: VmDescription | UnreadDescription | None
     description_size: int
-    offset: int
-    footers: bool
-    early: int
-
-    def sections(self, region: bytes | memoryview) -> tuple[DeviceSection | DeviceRegion, ...]:
-        """The device sections in *region*, the bytes that were searched; bodies are copies."""
-        data = region[: self.devices_size]
-        if self.description is not None:
-            return split_devices(
-                data, self.description, footers=self.footers, offset=self.offset, early=self.early
-            )
-        if self.footers:
-            return split_by_footers(data, self.offset)
-        return (DeviceRegion(self.offset, bytes(data)),)
 
 
 class TailFinder:
@@ -90,14 +85,20 @@ class TailFinder:
     the verdict depends on nothing but the bytes: not on the sizes of reads, nor on false candidates
     that wait for bytes that never come.
 
+    Where the caller can *decode* the devices, that is what everything has to be true of, and the
+    description is read only if it fails, for an error that says more exactly what does not fit.
+
     ``offset`` is the first device's place in the channel, ``early`` the number of devices that came
     before, apart from the others.
     """
 
-    def __init__(self, *, footers: bool, offset: int, early: int = 0) -> None:
+    def __init__(
+        self, *, footers: bool, offset: int, early: int = 0, decode: Decode | None = None
+    ) -> None:
         self._footers = footers
         self._offset = offset
         self._early = early
+        self._decode = decode
         self._lead = FOOTER_SIZE if footers else 0
         self._pattern = re.compile((rb"\x7e.{4}" if footers else b"") + _TAIL, re.DOTALL)
         self._scanned = 0
@@ -130,7 +131,7 @@ class TailFinder:
         *rest* is everything behind that byte.
         """
         if not rest:
-            return self._found(0, None, 0) if ended else None
+            return Found((), 0, None, 0) if ended else None
         if rest[0] != Kind.DESCRIPTION:
             raise StreamError("a description (06) or nothing behind the end", f"{rest[0]:#04x}")
         text_size = int.from_bytes(rest[1:5]) if len(rest) >= 5 else 0
@@ -144,7 +145,7 @@ class TailFinder:
         if missing := description.devices[self._early :]:
             name = printable(missing[0].name)
             raise StreamError(f"device {name}, which is described", "no device")
-        return self._found(0, description, 5 + text_size)
+        return Found((), 0, description, 5 + text_size)
 
     def rejection(self, size: int) -> StreamError | None:
         """Why the candidate that was complete after exactly *size* bytes is not the end.
@@ -175,17 +176,42 @@ class TailFinder:
         while self._pending and self._pending[0][0] <= size:
             complete, end = self._pending.pop(0)
             text = region[end + 6 : complete]
-            if _broken(text) or text[-1:] != b"}":
+            if text[-1:] != b"}" or _broken(text):
                 continue
             try:
-                description = parse_description(text)
-                found = self._found(end, description, complete - end - 1)
-                found.sections(region)
+                sections, description = self._split(region[:end], bytes(text))
             except StreamError as error:
                 self._rejected = complete, error.within(offset=self._offset + end + 1)
             else:
-                return found
+                return Found(sections, end, description, complete - end - 1)
         return None
+
+    def _split(
+        self, data: bytes | memoryview, text: bytes
+    ) -> tuple[tuple[Section, ...], VmDescription | UnreadDescription]:
+        """The device sections in *data*, which *text* describes, and the description."""
+        if (decoded := self._decoded(data)) is not None:
+            return (decoded,), UnreadDescription(text)
+        description = parse_description(text)
+        sections = split_devices(
+            data, description, footers=self._footers, offset=self._offset, early=self._early
+        )
+        return sections, description
+
+    def _split_undescribed(self, data: bytes | memoryview) -> tuple[Section, ...]:
+        if (decoded := self._decoded(data)) is not None:
+            return (decoded,)
+        if self._footers:
+            return split_by_footers(data, self._offset)
+        return (DeviceRegion(self._offset, bytes(data)),)
+
+    def _decoded(self, data: bytes | memoryview) -> DecodedDevices | None:
+        if self._decode is None:
+            return None
+        try:
+            return split_by_decoding(data, self._decode, footers=self._footers, offset=self._offset)
+        except StreamError:
+            return None
 
     def _finish(self, region: bytes | memoryview) -> Found:
         if (error := self.rejection(len(region))) is not None:
@@ -199,7 +225,6 @@ class TailFinder:
                 )
         if len(region) > limits.DEVICES:
             raise self._too_far()
-        found = self._found(len(region) - 1, None, 0)
         last = bytes(region[-1 - self._lead :])
         if last[-1:] != b"\0" or (self._footers and last[0] != Kind.FOOTER):
             raise TruncatedStream(
@@ -207,21 +232,19 @@ class TailFinder:
                 "the end of the input",
                 offset=self._offset + len(region),
             )
-        *_, section = found.sections(region)
-        if section.offset + section.size != self._offset + found.devices_size:
+        size = len(region) - 1
+        *_, section = sections = self._split_undescribed(region[:size])
+        if section.offset + section.size != self._offset + size:
             raise StreamError(
                 "devices up to the end of the stream",
                 f"something else behind {printable(section.name)}",
                 offset=section.offset + section.size,
             )
-        return found
+        return Found(sections, size, None, 0)
 
     def _too_far(self) -> LimitExceeded:
         most = f"at most {limits.DEVICES} bytes of devices"
         return LimitExceeded(most, "more", offset=self._offset)
-
-    def _found(self, end: int, description: VmDescription | None, size: int) -> Found:
-        return Found(end, description, size, self._offset, self._footers, self._early)
 
 
 class EarlyFinder:
@@ -285,4 +308,5 @@ class EarlyFinder:
 
 
 def _broken(text: bytes | memoryview) -> bool:
-    return _NOT_JSON.search(text) is not None
+    raw = bytes(text)
+    return any(byte in raw for byte in _NOT_JSON)

@@ -17,7 +17,7 @@ from vmferry.errors import LimitExceeded, StreamError, UsageError, printable
 
 from . import foreign, limits
 from .bitmap import BitmapReader
-from .buffer import ChannelReader, Cursor, Parse, within
+from .buffer import CAPACITY, ChannelReader, Cursor, Parse, within
 from .commands import (
     Command,
     OpenReturnPath,
@@ -33,8 +33,8 @@ from .commands import (
     parse_command,
 )
 from .configuration import Configuration, parse_configuration
-from .description import VmDescription
-from .devices import EarlyFinder, TailFinder
+from .description import UnreadDescription, VmDescription
+from .devices import Decode, EarlyFinder, TailFinder
 from .disk import DiskReader
 from .framed import FrameReader, begins_frame
 from .layout import BITMAP_SECTION, DISK_SECTION, IGNORE_SHARED, MAPPED_RAM, RAM_SECTION, Kind
@@ -92,7 +92,9 @@ class StreamReader(ChannelReader[Event]):
 
     ``page_size`` is the target page in bytes where neither the stream nor the machine's name tells.
     ``framed`` says that the caller takes iterable sections that machines in Python have of their
-    own (:mod:`.framed`), which are refused otherwise.
+    own (:mod:`.framed`), which are refused otherwise.  A caller that knows every device gives what
+    can *decode* them: then :class:`~.split.DecodedDevices` come in place of device sections, and
+    the description behind them is not read.
     """
 
     def __init__(
@@ -103,8 +105,10 @@ class StreamReader(ChannelReader[Event]):
         page_size: int | None = None,
         tolerate: Tolerate = Tolerate.NOTHING,
         framed: bool = False,
+        decode: Decode | None = None,
+        capacity: int = CAPACITY,
     ) -> None:
-        super().__init__(channel)
+        super().__init__(channel, capacity)
         if page_size is not None and (
             page_size & (page_size - 1) or not 1024 <= page_size <= 65536
         ):
@@ -118,6 +122,7 @@ class StreamReader(ChannelReader[Event]):
         self._page_size = page_size
         self._tolerate = tolerate
         self._framed = framed
+        self._decode = decode
         self._advised: PostcopyAdvise | None = None
         self._ram: RamReader | None = None
         self._sections: dict[int, _Iterable] = {}
@@ -380,8 +385,7 @@ class StreamReader(ChannelReader[Event]):
             if found is None:
                 yield None
         self._tail = None
-        view = self.buffer.view()
-        yield from found.sections(view)
+        yield from found.sections
         self.buffer.advance(found.devices_size + 1)
         yield EndOfStream()
         if found.description is not None:
@@ -390,12 +394,18 @@ class StreamReader(ChannelReader[Event]):
     def _tail_finder(self) -> TailFinder:
         # Footers and the configuration came with the same machine types.
         footers = self.configuration is not None if self.footers is None else self.footers
-        return TailFinder(footers=footers, offset=self.buffer.offset, early=self._described_before)
+        return TailFinder(
+            footers=footers,
+            offset=self.buffer.offset,
+            early=self._described_before,
+            decode=self._decode,
+        )
 
-    def _describe(self, description: VmDescription, size: int) -> Parse[None]:
-        self._check_page_size(description.page_size, self.buffer.offset)
+    def _describe(self, description: VmDescription | UnreadDescription, size: int) -> Parse[None]:
+        if isinstance(description, VmDescription):
+            self._check_page_size(description.page_size, self.buffer.offset)
+            self.description = description
         self.buffer.advance(size)
-        self.description = description
         yield description
 
     def _end_without_devices(self) -> Parse[None]:

@@ -11,10 +11,11 @@ sections say so.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Final
+from struct import Struct
+from typing import Any, Final, TypeAlias
 
 from vmferry.errors import LimitExceeded, StreamError, TruncatedStream, printable
 
@@ -27,6 +28,9 @@ from .sections import SectionFooter, SectionStart
 FOOTER_SIZE: Final = 5
 TRIES: Final = 1000
 """Places looked at for the end of one body; in earnest it is the first."""
+
+_NUMBER: Final = Struct(">I")
+_NUMBERS: Final = Struct(">II")
 
 _UNDESCRIBED: Final = "no description: its end was found by its footer"
 
@@ -99,6 +103,37 @@ class DeviceRegion:
         return bytes(self.body)
 
 
+Decode: TypeAlias = Callable[[SectionStart, memoryview, int], tuple[int, Any]]
+"""Reads the body of a device whose class is known.
+
+Gets the section's head, what follows it, and the offset of the section; returns the bytes of the
+body and what was made of them.  Raises :class:`StreamError` for a device or body that it cannot
+read, and may be called again for the same device, for the end of a stream shows only behind it.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedDevices:
+    """Device sections that the reader's caller has decoded, one behind the other.
+
+    ``body`` are the bytes of them all, ``states`` what its :data:`Decode` made of each.
+    """
+
+    offset: int
+    body: bytes
+    states: tuple[Any, ...]
+    name: str = "devices"
+
+    @property
+    def size(self) -> int:
+        """Bytes of all sections."""
+        return len(self.body)
+
+    def encode(self) -> bytes:
+        """The sections as on the wire."""
+        return self.body
+
+
 def split_devices(
     data: bytes | memoryview,
     description: VmDescription,
@@ -160,6 +195,36 @@ def split_by_footers(data: bytes | memoryview, offset: int = 0) -> tuple[DeviceS
         sections.append(make_section(head, body, offset + at, True, _UNDESCRIBED))
         at = end + FOOTER_SIZE
     return tuple(sections)
+
+
+def split_by_decoding(
+    data: bytes | memoryview, decode: Decode, *, footers: bool, offset: int
+) -> DecodedDevices:
+    """Decode the device sections of a stream, whose ends *decode* knows.
+
+    Arguments as for :func:`split_devices`.
+    """
+    raw = bytes(data)
+    view = memoryview(raw)
+    states: list[Any] = []
+    at = 0
+    while at < len(raw):
+        if len(states) == limits.DEVICE_COUNT:
+            most = f"at most {limits.DEVICE_COUNT} devices"
+            raise LimitExceeded(most, "more", offset=offset + at)
+        head, start = read_head(raw, at, offset)
+        size, state = decode(head, view[start:], offset + at)
+        at = start + size
+        if footers:
+            footer = SectionFooter(head.number).encode()
+            if not raw.startswith(footer, at):
+                found = raw[at : at + FOOTER_SIZE].hex(" ") or "the end"
+                raise StreamError(
+                    f"the footer {footer.hex(' ')}", found, offset=offset + at, section=head.name
+                )
+            at += FOOTER_SIZE
+        states.append(state)
+    return DecodedDevices(offset, raw, tuple(states))
 
 
 def _cut(
@@ -282,14 +347,12 @@ def goes_on(data: bytes | memoryview, at: int, numbers: Collection[int] = ()) ->
 
 def read_head(raw: bytes, at: int, offset: int) -> tuple[SectionStart, int]:
     """The head of the device section at *at*, and where its body begins."""
-    fixed = raw[at : at + 6]
-    if fixed and fixed[0] != Kind.FULL:
-        raise StreamError("a device section (04)", f"the type byte {fixed[0]:#04x}")
-    start = at + 14 + (fixed[5] if len(fixed) == 6 else 0)
-    if len(fixed) < 6 or start > len(raw):
+    if at < len(raw) and raw[at] != Kind.FULL:
+        raise StreamError("a device section (04)", f"the type byte {raw[at]:#04x}")
+    start = at + 14 + (raw[at + 5] if at + 5 < len(raw) else 0)
+    if start > len(raw):
         raise TruncatedStream("the head of a device section", f"{len(raw) - at} bytes")
     name = decode_name(raw[at + 6 : start - 8], "the name of a device", offset + at + 5)
-    number, instance, version = (
-        int.from_bytes(raw[at : at + 4]) for at in (at + 1, start - 8, start - 4)
-    )
+    (number,) = _NUMBER.unpack_from(raw, at + 1)
+    instance, version = _NUMBERS.unpack_from(raw, start - 8)
     return SectionStart(number, name, instance, version), start
