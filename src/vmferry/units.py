@@ -1,4 +1,4 @@
-"""Sizes, rates and durations as people write them: ``1GiB``, ``100MB/s``, ``1.5 KiB``."""
+"""Sizes, rates and durations as people write them: ``1GiB``, ``100MB/s``, ``300ms``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from .errors import UsageError
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|0x[0-9a-f]+)\s*([kmgt]?)(i?)(b?)\s*", re.IGNORECASE)
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s|min|h)\s*")
 
 
 def parse_size(text: str) -> int:
@@ -35,6 +37,14 @@ def parse_size(text: str) -> int:
 def parse_rate(text: str) -> int:
     """Bytes per second in *text*: a size, with ``/s`` or without."""
     return parse_size(text.strip().removesuffix("/s"))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds in *text*: a number and ``us``, ``ms``, ``s``, ``min`` or ``h``."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise UsageError(f"expected a duration such as 300ms or 1.5s, found {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def format_size(count: float) -> str:

@@ -1,4 +1,4 @@
-"""docs/inspect-json.md as a table that JSON is held against."""
+"""docs/inspect-json.md and docs/operating.md as a table that JSON is held against."""
 
 from __future__ import annotations
 
@@ -194,6 +194,29 @@ _CONVERTED = {
     "form": one_of("raw", "elf-core", "stream"),
     "left_out": each(text),
 }
+MIGRATION: dict[str, Check] = {
+    "status": text,
+    "transferred": size,
+    "remaining": size,
+    "total": size,
+    "round": size,
+    "rate": size,
+    "dirty_rate": size,
+    "total_time": seconds,
+    "setup_time": optional(seconds),
+    "expected_downtime": optional(seconds),
+    "downtime": optional(seconds),
+    "throttle": optional(size),
+    "error": text,
+    "confirmed": optional(flag),
+}
+MACHINE: dict[str, Check] = {
+    "run_state": text,
+    "is_running": flag,
+    "name": text,
+    "migration": obj(MIGRATION),
+    "listening": each(text),
+}
 _RESULT = {"event": one_of("result"), "ok": flag}
 
 
@@ -207,3 +230,13 @@ def event(value: Any, where: str) -> None:
             obj(_RESULT | {"error": error, "exit_status": size})(value, where)
         case _:
             obj(_RESULT | (_CONVERTED if "form" in value else _MOVED))(value, where)
+
+
+def migrate_event(value: Any, where: str) -> None:
+    """A line of ``vmferry migrate --json``."""
+    if value["event"] == "progress":
+        obj({"event": text} | MIGRATION)(value, where)
+    elif value["ok"]:
+        obj(_RESULT | {"target": text} | MIGRATION)(value, where)
+    else:
+        event(value, where)

@@ -3,44 +3,15 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.qemu.monitor import GREETING, returns, server
 from vmferry.errors import PeerError, TransportError, UsageError
 from vmferry.qemu import Qmp, QmpError, qmp
-
-GREETING = b'{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}\n'
-
-Answer = Callable[[dict[str, object]], bytes]
-
-
-def returns(value: object) -> Answer:
-    return lambda request: json.dumps({"return": value, "id": request["id"]}).encode() + b"\n"
-
-
-@contextmanager
-def server(*answers: Answer | bytes, greeting: bytes = GREETING) -> Iterator[socket.socket]:
-    """The client's end of a connection whose other end greets and gives one answer a command."""
-    ours, theirs = socket.socketpair()
-
-    def serve() -> None:
-        with theirs, theirs.makefile("rb") as lines:
-            theirs.sendall(greeting)
-            for answer in answers:
-                line = lines.readline()
-                if not line:
-                    return
-                theirs.sendall(answer if isinstance(answer, bytes) else answer(json.loads(line)))
-            lines.read()
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    with ours:
-        yield ours
-    thread.join(10)
 
 
 def test_execute_returns_what_the_answer_holds() -> None:

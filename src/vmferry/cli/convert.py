@@ -48,8 +48,9 @@ def command(
     from .output import name
     from .reports import Done, reporter
     from .signals import Interrupted
+    from .views import Moving
 
-    with reporter(json=json, quiet=quiet) as report:
+    with reporter(Moving(), json=json, quiet=quiet) as report:
         try:
             exported = convert(source, to.value, out, progress=report.progress, max_ram=max_ram)
         except Interrupted as interrupted:

@@ -1,9 +1,9 @@
-"""Progress on a terminal: one line that fits it, whatever its width."""
+"""Progress on a terminal: a line or two that fit it, whatever its width."""
 
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -11,10 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vmferry.migration.progress import Progress
-
 from .output import say
-from .reports import Done, Reporter, greeting, parts, share
+from .reports import Done, Reporter, greeting
+from .views import T, View
 
 _BAR: Final = 20
 _PHASE: Final = 7
@@ -23,14 +22,14 @@ _ROOM: Final = 68
 """Columns behind the phase from which on there is room for more than the numbers."""
 
 
-class Display(Reporter):
-    """A line that is drawn again and again, and is gone in the end."""
+class Display(Reporter[T]):
+    """Lines that are drawn again and again, and are gone in the end."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, view: View[T]) -> None:
+        super().__init__(view)
         self._is_over = False
         self._live = Live(
-            _Line(self), console=Console(stderr=True), refresh_per_second=8, transient=True
+            _Rows(self), console=Console(stderr=True), refresh_per_second=8, transient=True
         )
 
     def __enter__(self) -> Self:
@@ -50,10 +49,10 @@ class Display(Reporter):
         """The source may connect now."""
         say(greeting(address))
 
-    def progress(self, now: Progress) -> None:
+    def progress(self, now: T) -> None:
         """So far it got."""
         super().progress(now)
-        if now.transferred and not self._is_over:
+        if self.view.is_shown(now) and not self._is_over:
             self._live.start()
 
     def finished(self, done: Done) -> None:
@@ -62,22 +61,28 @@ class Display(Reporter):
         say(done.text)
 
 
-class _Line:
+class _Rows:
     """The latest progress, as it is when it is drawn."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display[Any]) -> None:
         self._display = display
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> RenderResult:
-        now = self._display.last
+        now, view = self._display.last, self._display.view
+        phase = view.phase(now).ljust(_PHASE)
+        indent = len(phase) + 1
+        room = options.max_width - indent - len("^C")  # with that on it, it is still one line
+        first, *others = view.rows(now)
         row = Table.grid(padding=(0, 1))
-        cells: list[Text | ProgressBar] = [Text(now.phase.ljust(_PHASE), style="bold")]
-        room = options.max_width - _PHASE - 1 - len("^C")  # with that on it, it is still one line
+        cells: list[Text | ProgressBar] = [Text(phase, style="bold")]
+        left = room
         if room >= _ROOM:
-            room -= _BAR + 1
-            cells.append(ProgressBar(total=1.0, completed=share(now), width=_BAR))
-        row.add_row(*cells, Text(_fitting(parts(now), room)))
+            left -= _BAR + 1
+            cells.append(ProgressBar(total=1.0, completed=view.share(now), width=_BAR))
+        row.add_row(*cells, Text(_fitting(first, left)))
         yield row
+        for other in others:
+            yield Text(" " * indent + _fitting(other, room))
 
 
 def _fitting(said: list[str], room: int) -> str:

@@ -21,6 +21,14 @@ def _read(parse: Callable[[str], int]) -> Callable[[str], int]:
     return read
 
 
+Monitor = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOCKET",
+        help="The machine's QMP socket: PATH, unix:PATH or tcp:HOST:PORT (with QEMU, its option "
+        "-qmp unix:PATH,server=on,wait=off).",
+    ),
+]
 MaxRam = Annotated[
     int | None,
     typer.Option(

@@ -64,6 +64,7 @@ def command(
 
     from .reports import moved, reporter
     from .signals import Interrupted, supervised
+    from .views import Moving
 
     def work(control: Work) -> Checkpoint:
         def started(destination: Destination) -> None:
@@ -81,7 +82,7 @@ def command(
             started=started,
         )
 
-    with reporter(json=json, quiet=quiet) as report:
+    with reporter(Moving(), json=json, quiet=quiet) as report:
         try:
             with supervised(work) as checkpoint:
                 machine = checkpoint.manifest.machine

@@ -1,4 +1,4 @@
-"""What ``receive`` and ``send`` show while they work: a display, plain lines, JSON, or nothing.
+"""What verbs show while they work: a display, plain lines, JSON, or nothing.
 
 Progress goes to standard error, the result and whatever else a script may want to standard output.
 ``docs/inspect-json.md`` has the JSON.
@@ -10,9 +10,9 @@ import json
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self, TextIO
+from typing import Any, Final, Generic, Self, TextIO
 
 from vmferry.errors import UsageError, VmferryError
 from vmferry.migration.progress import Progress
@@ -20,6 +20,7 @@ from vmferry.units import format_duration, format_rate, format_size
 
 from .ending import judged
 from .output import is_terminal, name, say, silence
+from .views import T, View, rounded
 
 _EVERY: Final = 1.0
 """Seconds between two plain lines."""
@@ -52,22 +53,18 @@ def moved(
         "elapsed": last.elapsed,
         "rate": rate,
     }
-    return Done(text, _rounded(content))
+    return Done(text, rounded(content))
 
 
-def _rounded(content: dict[str, Any]) -> dict[str, Any]:
-    """Without digits that mean nothing: seconds to the millisecond, whole bytes a second."""
-    return content | {"elapsed": round(content["elapsed"], 3), "rate": round(content["rate"])}
-
-
-class Reporter:
+class Reporter(Generic[T]):
     """Says nothing, as for ``--quiet``; but remembers how far it got, in ``last``.
 
     A context manager around the work.  :meth:`progress` is called from its threads.
     """
 
-    def __init__(self) -> None:
-        self.last = Progress("setup")
+    def __init__(self, view: View[T]) -> None:
+        self.view = view
+        self.last = view.first
 
     def __enter__(self) -> Self:
         return self
@@ -84,9 +81,9 @@ class Reporter:
     def listening(self, address: str) -> None:
         """The source may connect now."""
 
-    def progress(self, now: Progress) -> None:
+    def progress(self, now: T) -> None:
         """So far it got."""
-        if now.phase != "failed":
+        if self.view.phase(now) != "failed":
             self.last = now
 
     def finished(self, done: Done) -> None:
@@ -96,35 +93,35 @@ class Reporter:
         """It went wrong; whoever ends the command says why."""
 
 
-class Lines(Reporter):
+class Lines(Reporter[T]):
     """A line about once a second."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, view: View[T]) -> None:
+        super().__init__(view)
         self._due = time.monotonic() + _EVERY
 
     def listening(self, address: str) -> None:
         """The source may connect now."""
         say(greeting(address))
 
-    def progress(self, now: Progress) -> None:
+    def progress(self, now: T) -> None:
         """So far it got."""
         super().progress(now)
-        if now.phase in ("active", "device") and time.monotonic() >= self._due:
+        if self.view.is_shown(now) and time.monotonic() >= self._due:
             self._due = time.monotonic() + _EVERY
             with suppress(OSError):  # nobody listens
-                say(", ".join(parts(now)), sys.stderr)
+                say(self.view.line(now), sys.stderr)
 
     def finished(self, done: Done) -> None:
         """It is done."""
         say(done.text)
 
 
-class JsonLines(Reporter):
+class JsonLines(Reporter[T]):
     """One JSON object a line: the progress, and the result or what went wrong at the end."""
 
-    def __init__(self, out: TextIO) -> None:
-        super().__init__()
+    def __init__(self, view: View[T], out: TextIO) -> None:
+        super().__init__(view)
         self._out = out
 
     def _event(self, event: str, content: dict[str, Any]) -> None:
@@ -134,11 +131,11 @@ class JsonLines(Reporter):
         """The source may connect now."""
         self._event("listening", {"address": address})
 
-    def progress(self, now: Progress) -> None:
+    def progress(self, now: T) -> None:
         """So far it got."""
         super().progress(now)
         try:
-            self._event("progress", _rounded(asdict(now)))
+            self._event("progress", self.view.content(now))
         except OSError:  # a full disk is no reason to break a migration off
             silence(self._out)
 
@@ -156,46 +153,22 @@ class JsonLines(Reporter):
             self._event("result", {"ok": False, "error": content, "exit_status": status})
 
 
-def reporter(*, json: bool, quiet: bool, out_is_stream: bool = False) -> Reporter:
+def reporter(view: View[T], *, json: bool, quiet: bool, out_is_stream: bool = False) -> Reporter[T]:
     """What was asked for; *out_is_stream* says that standard output carries the stream itself."""
     if json and quiet:
         raise UsageError("expected --json or --quiet, found both")
     if json:
-        return JsonLines(sys.stderr if out_is_stream else sys.stdout)
+        return JsonLines(view, sys.stderr if out_is_stream else sys.stdout)
     if quiet:
-        return Reporter()
+        return Reporter(view)
     if is_terminal(sys.stderr):
         from .display import Display
 
-        return Display()
-    return Lines()
+        return Display(view)
+    return Lines(view)
 
 
 def greeting(address: str) -> str:
     """What is being waited for."""
     waits = address.startswith(("tcp:", "unix:"))
     return f"{'listening at' if waits else 'reading'} {name(address)}"
-
-
-def share(now: Progress) -> float:
-    """How much of guest memory has come once, or was written, from 0 to 1."""
-    if not now.ram_total:
-        return 0.0
-    if now.round > 1:
-        return 1.0
-    pages = now.normal_pages + now.zero_pages
-    return min(1.0, (pages * now.page_size or now.transferred) / now.ram_total)
-
-
-def parts(now: Progress) -> list[str]:
-    """What there is to say of a moment, the most important first."""
-    said = [
-        format_size(now.transferred),
-        format_rate(now.rate),
-        f"{share(now):.0%} of {format_size(now.ram_total)} RAM",
-    ]
-    if now.round > 1:
-        said.append(f"round {now.round}")
-    if now.normal_pages or now.zero_pages:
-        said.append(f"{now.normal_pages:,} pages and {now.zero_pages:,} zero")
-    return said

@@ -71,6 +71,7 @@ def command(
 
     from .reports import moved, reporter
     from .signals import Interrupted, supervised
+    from .views import Moving
 
     options = SendOptions(
         multifd=multifd,
@@ -84,7 +85,7 @@ def command(
             send(checkpoint, uri, options=options, progress=report.progress, started=control.begun)
             return checkpoint.manifest.machine
 
-    with reporter(json=json, quiet=quiet, out_is_stream=uri == "-") as report:
+    with reporter(Moving(), json=json, quiet=quiet, out_is_stream=uri == "-") as report:
         try:
             machine = supervised(work, patience=_PATIENCE)
         except Interrupted as interrupted:

@@ -108,9 +108,9 @@ class Work:
 def supervised(run: Callable[[Work], T], *, patience: float | None = None) -> T:
     """What *run* returns or raises, called in a thread of its own.
 
-    A signal cancels the work and is raised when it has stopped.  It is ignored where it comes too
-    late, and from then on, so that the verb can say how the work went.  After a second signal, or
-    *patience* seconds, the work is left behind.
+    A signal cancels the work and is raised when it has stopped, from the error that it stopped
+    with.  It is ignored where it comes too late, and from then on, so that the verb can say how the
+    work went.  After a second signal, or *patience* seconds, the work is left behind.
     """
     work = Work()
     outcome: Future[T] = Future()
@@ -132,8 +132,8 @@ def supervised(run: Callable[[Work], T], *, patience: float | None = None) -> T:
         if not _stops(news, patience):
             interrupted.is_left = True
             raise interrupted
-        if outcome.exception() is not None:
-            raise interrupted
+        if (error := outcome.exception()) is not None:
+            raise interrupted from error
     return outcome.result()
 
 

@@ -25,15 +25,19 @@ from vmferry.errors import PeerError, TransportError, UsageError, printable
 
 MAX_LINE: Final = 16 << 20  # the largest answer of QEMU 7.2, query-qmp-schema, has 200 kB
 MAX_EVENTS: Final = 10_000  # events kept for wait_event(); the oldest go first
+_GREETING: Final = "the greeting"
 
 Object = dict[str, Any]
 
 
 class QmpError(PeerError):
-    """QEMU answered a command with an error; ``kind`` is its class, e.g. ``CommandNotFound``."""
+    """The machine answered a command with an error.
+
+    ``kind`` is its class, e.g. ``CommandNotFound``.
+    """
 
     def __init__(self, command: str, kind: str, description: str) -> None:
-        super().__init__(f"QEMU refuses {command}: {description}")
+        super().__init__(f"the machine refuses {command}: {description}")
         self.kind = kind
         self.description = description
 
@@ -57,7 +61,7 @@ class Qmp:
         self._events: deque[Object] = deque(maxlen=MAX_EVENTS)
         self._commands = 0
         try:
-            self.greeting: Object = _greeting(self._next(self._deadline(None), "the greeting"))
+            self.greeting: Object = _greeting(self._next(self._deadline(None), _GREETING))
             self.execute("qmp_capabilities")
         except BaseException:
             self.close()
@@ -83,8 +87,8 @@ class Qmp:
     ) -> Any:
         """The answer to *command*: what stands under ``return``.
 
-        Raises QmpError when QEMU refuses.  After a TransportError for a passed deadline the session
-        is still good: a late answer is dropped.
+        Raises QmpError when the machine refuses.  After a TransportError for a passed deadline the
+        session is still good: a late answer is dropped.
         """
         deadline = self._deadline(timeout)
         with self._turn(deadline, command):
@@ -195,7 +199,8 @@ def _remaining(deadline: float, wanted: str) -> float:
 
 
 def _late(wanted: str) -> TransportError:
-    return TransportError(f"QMP stayed silent: no sign of {wanted} in time")
+    hint = "; QEMU talks to one client at a time, is there another?" if wanted == _GREETING else ""
+    return TransportError(f"QMP stayed silent: no sign of {wanted} in time{hint}")
 
 
 def _connect(address: str, timeout: float) -> socket.socket:

@@ -1,0 +1,102 @@
+"""What a monitor says of a migration: the answer to ``query-migrate``, in bytes and seconds.
+
+The keys and their units are those of MigrationInfo in QEMU's ``qapi/migration.json``.  A monitor is
+another program: what is missing or not a number counts as 0 or as unknown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+ENDED: Final = frozenset({"completed", "failed", "cancelled"})
+"""The statuses after which nothing more happens."""
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationInfo:
+    """A moment of a migration, as one side of it sees it.
+
+    ``status`` is QEMU's word, ``none`` where there was no migration yet.  Sizes are in bytes, rates
+    in bytes per second, times in seconds.  ``round`` counts passes over memory from 1.
+    ``remaining`` is what is known to be unsent, ``dirty_rate`` what the machine writes to,
+    ``throttle`` how much it is slowed down, in percent.  ``error`` is empty unless it failed with a
+    reason; ``confirmed`` says whether a source that has completed was told so by the destination.
+    ``None`` is what the machine does not tell, or not yet.
+    """
+
+    status: str = "none"
+    transferred: int = 0
+    remaining: int = 0
+    total: int = 0
+    round: int = 0
+    rate: float = 0.0
+    dirty_rate: float = 0.0
+    total_time: float = 0.0
+    setup_time: float | None = None
+    expected_downtime: float | None = None
+    downtime: float | None = None
+    throttle: int | None = None
+    error: str = ""
+    confirmed: bool | None = None
+
+    @classmethod
+    def from_qmp(cls, answer: Mapping[str, Any]) -> MigrationInfo:
+        """What the *answer* to ``query-migrate`` says."""
+        ram = answer.get("ram")
+        if not isinstance(ram, Mapping):
+            ram = {}
+        throttle = _number(answer, "cpu-throttle-percentage")
+        return cls(
+            status=str(answer.get("status", "none")),
+            transferred=_count(ram, "transferred"),
+            remaining=_count(ram, "remaining"),
+            total=_count(ram, "total"),
+            round=_count(ram, "dirty-sync-count"),
+            rate=(_number(ram, "mbps") or 0.0) * 1e6 / 8,
+            dirty_rate=float(_count(ram, "dirty-pages-rate") * _count(ram, "page-size")),
+            total_time=_seconds(answer, "total-time") or 0.0,
+            setup_time=_seconds(answer, "setup-time"),
+            expected_downtime=_seconds(answer, "expected-downtime"),
+            downtime=_seconds(answer, "downtime"),
+            throttle=None if throttle is None else int(throttle),
+            error=str(answer.get("error-desc", "")),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``json.dumps``, under the same names; rates in whole bytes a second."""
+        return asdict(self) | {"rate": round(self.rate), "dirty_rate": round(self.dirty_rate)}
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more happens."""
+        return self.status in ENDED
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it began and has not ended."""
+        return self.status != "none" and not self.has_ended
+
+    @property
+    def is_postcopy(self) -> bool:
+        """Whether the machine already runs on the other side, so that there is no way back."""
+        return self.status.startswith("postcopy")
+
+
+def _number(answer: Mapping[str, Any], key: str) -> float | None:
+    """A number that can be reckoned with."""
+    value = answer.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if 0 <= value < math.inf else None
+
+
+def _count(answer: Mapping[str, Any], key: str) -> int:
+    return int(_number(answer, key) or 0)
+
+
+def _seconds(answer: Mapping[str, Any], key: str) -> float | None:
+    value = _number(answer, key)
+    return None if value is None else value / 1000
