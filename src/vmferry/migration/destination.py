@@ -20,6 +20,7 @@ from vmferry.errors import (
     UsageError,
     VmferryError,
 )
+from vmferry.faults import reach
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
 from vmferry.wire import foreign
@@ -145,11 +146,13 @@ class Destination:
             self._connections.settle()
             self._meter.phase("storing")
             self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
+            reach("loaded")
             if self._announced is not None:
                 self._take_over(self._announced)
             else:
                 self._answers.confirm()
             self._taken()
+            reach("running")
         except BaseException as error:
             # What broke first broke the rest: a source that is refused closes its connections.
             first = self._connections.failure
@@ -174,11 +177,14 @@ class Destination:
         with suppress(TransportError):  # it may have arrived nonetheless
             for number in (READY, *Identity.own().numbers()):
                 self._answers.say(Pong(number))
+        reach("ready-said")
         if not takeover.heard_go(self._deadlines.idle):
             self._meter.phase("in-doubt")
             takeover.resolve()
+        reach("go-heard")
         with suppress(TransportError):  # a source that said go does not take the machine back
             self._answers.confirm()
+        reach("shut-said")
 
     def _receive(self) -> None:
         reader = self._reader
@@ -291,6 +297,7 @@ class Destination:
         self._claims.announce(event.blocks, page_size)
         self._connections.announce_ram({block.name: block for block in event.blocks}, page_size)
         self._meter.active(event.total, page_size)
+        reach("memory-known")
 
     def _store(self, batch: RamPages) -> None:
         """Hand pages on; called by the thread of every channel."""
@@ -317,6 +324,7 @@ class Destination:
 
     def _synchronise(self, *, is_flush: bool) -> None:
         """Wait for the multifd channels, at each flush or, where there are none, each end."""
+        reach("pages-stored")
         if self._flushes and not is_flush:
             return
         self._flushes = is_flush

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from vmferry.errors import ChannelClosed, PeerSilent, UsageError
+from vmferry.faults import reach
 from vmferry.transports import Channel
 from vmferry.wire.multifd import Method
 
@@ -128,6 +129,7 @@ class LiveSource:
     def _stop(self) -> None:
         self.stopped_at = time.monotonic()
         self._machine.pause()
+        reach("stopped")
         if self._source.handover.hear(Word.STOP) is None:
             raise ChannelClosed("the migration was cancelled on this side")
         # The limit is for the time when the machine runs.

@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol
 from uuid import UUID
 
 from vmferry.errors import ChannelClosed, InDoubt, PeerError, TransportError, UsageError
+from vmferry.faults import reach
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
 from vmferry.wire.commands import OpenReturnPath, Ping
@@ -144,6 +145,7 @@ class Source:
                 self.handover = Handover(SOURCE_OF_QEMU)
             verdict = self._verdict = Verdict(main, lambda: self.handover.stage == Stage.RESUMED)
             self._meter.start()
+            reach("connected")
             try:
                 self._send_all(cleanup)
                 if main.duplex:
@@ -167,12 +169,15 @@ class Source:
         if self._passes is None:
             return self._verdict.await_success(patience)
         with keeping_the_machine(self._main):
+            reach("offered")
             ready = self._verdict.await_ready(patience)
+            reach("ready-heard")
             if not self.handover.hear(Word.READY):
                 raise ChannelClosed(_CANCELLED)
         if ready is not None:
             self._let_go(ready)
         self.handover.hear(Word.SHUT)
+        reach("shut-heard")
         return None
 
     def _let_go(self, destination: Identity) -> None:
@@ -180,6 +185,7 @@ class Source:
         self._meter.phase("handing-over")
         try:
             self._main.send([Ping(GO).encode()], self._options.idle)
+            reach("go-said")
             self._verdict.await_success(self._options.answer)
         except (TransportError, InDoubt) as error:
             # Over a direct connection nothing is lost that was said before the process ended.
@@ -243,6 +249,7 @@ class Source:
         self._send_ends()
         self._meter.phase("device")
         self._send_bytes(machine.devices)
+        reach("devices-sent")
         self.handover.hear(Word.SENT)
         self._send(EndOfStream())
         if (text := machine.description) is not None:
@@ -294,6 +301,7 @@ class Source:
     def _send_ram(self, passes: Passes) -> None:
         for part in passes.parts(self._pages):
             self._ram_section(SectionPart(self._ram, RAM_SECTION), part)
+            reach("round-sent")
         self._ram_section(SectionEnd(self._ram, RAM_SECTION), passes.rest(self._pages))
 
     def _send_ends(self) -> None:

@@ -1,0 +1,64 @@
+"""Named points at which a test makes a process die, freeze or fail, to see what becomes of all.
+
+``VMFERRY_FAULT=go-said:kill`` arms one point of a process; without it :func:`reach` does nothing.
+The points are where the code says so; each is reached once in a migration or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Final
+
+from vmferry.errors import UsageError, VmferryError
+
+_VARIABLE: Final = "VMFERRY_FAULT"
+
+_SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+POINTS: Final = frozenset(
+    {
+        # of a source
+        "connected",
+        "round-sent",
+        "stopped",
+        "devices-sent",
+        "offered",
+        "ready-heard",
+        "go-said",
+        "shut-heard",
+        # of a destination
+        "memory-known",
+        "pages-stored",
+        "loaded",
+        "ready-said",
+        "go-heard",
+        "shut-said",
+        "running",
+    }
+)
+
+
+def _armed() -> tuple[str, str]:
+    point, _, action = os.environ.get(_VARIABLE, "").partition(":")
+    if point and (point not in POINTS or action not in {*_SIGNALS, "fail"}):
+        raise UsageError(
+            f"{_VARIABLE}: expected POINT:kill, :stop or :fail with a point of"
+            f" {', '.join(sorted(POINTS))}, found {point}:{action}"
+        )
+    return point, action
+
+
+_point, _action = _armed()
+
+
+def reach(point: str) -> None:
+    """Do here what the environment asks for, if it asks for *point*.
+
+    ``fail`` raises a :class:`~vmferry.errors.VmferryError`.
+    """
+    if point != _point:
+        return
+    if _action == "fail":
+        raise VmferryError(f"{_VARIABLE} asked for a failure at {point}")
+    os.kill(os.getpid(), _SIGNALS[_action])
