@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 INTERVAL: Final = 0.1
@@ -21,6 +21,10 @@ class Progress:
     in bytes per second since the report before, ``elapsed`` in seconds since the first byte.
     ``ram_total`` and ``page_size`` are 0 until guest memory is known.  ``round`` counts passes over
     it from 1; pages of later rounds are sent again because the machine wrote to them.
+
+    What only a running machine has is 0 or ``None`` elsewhere: ``remaining`` bytes of this round,
+    ``dirty_rate`` in bytes per second, ``expected_downtime`` in seconds, and ``throttle``, the
+    percentage of time for which the machine is kept from running.
     """
 
     phase: str
@@ -32,6 +36,34 @@ class Progress:
     round: int = 0
     rate: float = 0.0
     elapsed: float = 0.0
+    remaining: int = 0
+    dirty_rate: float = 0.0
+    expected_downtime: float | None = None
+    throttle: int = 0
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has moved so far.
+
+    ``transferred`` counts bytes on all channels, ``multifd`` those of them on multifd channels.
+    ``xbzrle_pages`` were sent as ``xbzrle_bytes`` of differences; ``xbzrle_misses`` were not in the
+    cache, ``xbzrle_overflows`` would have become larger than a page.
+    """
+
+    transferred: int = 0
+    multifd: int = 0
+    normal: int = 0
+    zero: int = 0
+    xbzrle_pages: int = 0
+    xbzrle_bytes: int = 0
+    xbzrle_misses: int = 0
+    xbzrle_overflows: int = 0
+
+    @property
+    def pages(self) -> int:
+        """Pages that were sent, in whatever form."""
+        return self.normal + self.zero + self.xbzrle_pages
 
 
 Report = Callable[[Progress], None]
@@ -51,8 +83,7 @@ class Meter:
         self._lock = threading.Lock()
         self._reporting = threading.Lock()
         self._phase = "setup"
-        # Plain numbers: they change with every read.
-        self._transferred = self._normal = self._zero = 0
+        self._counters = Counters()
         self._ram_total = self._page_size = self._round = 0
         self._rate = 0.0
         self._started: float | None = None
@@ -63,12 +94,34 @@ class Meter:
         self._started = self._clock()
         self._last = (self._started, 0)
 
-    def count(self, *, transferred: int = 0, normal: int = 0, zero: int = 0) -> None:
-        """Add to the counters."""
+    def count(
+        self,
+        *,
+        transferred: int = 0,
+        multifd: int = 0,
+        normal: int = 0,
+        zero: int = 0,
+        xbzrle_pages: int = 0,
+        xbzrle_bytes: int = 0,
+        xbzrle_misses: int = 0,
+        xbzrle_overflows: int = 0,
+    ) -> None:
+        """Add to the counters, which are those of :class:`Counters`."""
+        counters = self._counters
         with self._lock:
-            self._transferred += transferred
-            self._normal += normal
-            self._zero += zero
+            counters.transferred += transferred
+            counters.multifd += multifd
+            counters.normal += normal
+            counters.zero += zero
+            counters.xbzrle_pages += xbzrle_pages
+            counters.xbzrle_bytes += xbzrle_bytes
+            counters.xbzrle_misses += xbzrle_misses
+            counters.xbzrle_overflows += xbzrle_overflows
+
+    def counters(self) -> Counters:
+        """The counters as they are now, all of the same moment."""
+        with self._lock:
+            return replace(self._counters)
 
     def phase(self, phase: str) -> None:
         """A new phase began."""
@@ -100,18 +153,18 @@ class Meter:
     def _now(self) -> Progress:
         at = self._clock()
         since, transferred = self._last
-        with self._lock:
-            if at > since:
-                self._rate = (self._transferred - transferred) / (at - since)
-            self._last = (at, self._transferred)
-            return Progress(
-                self._phase,
-                transferred=self._transferred,
-                ram_total=self._ram_total,
-                page_size=self._page_size,
-                normal_pages=self._normal,
-                zero_pages=self._zero,
-                round=self._round,
-                rate=self._rate,
-                elapsed=0.0 if self._started is None else at - self._started,
-            )
+        counters = self.counters()
+        if at > since:
+            self._rate = (counters.transferred - transferred) / (at - since)
+        self._last = (at, counters.transferred)
+        return Progress(
+            self._phase,
+            transferred=counters.transferred,
+            ram_total=self._ram_total,
+            page_size=self._page_size,
+            normal_pages=counters.normal,
+            zero_pages=counters.zero,
+            round=self._round,
+            rate=self._rate,
+            elapsed=0.0 if self._started is None else at - self._started,
+        )
