@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Final, Self
 from uuid import UUID
@@ -12,6 +13,15 @@ from vmferry.errors import MachineError
 from vmferry.memory import DirtyLog, GuestMemory, open_dirty_log
 from vmferry.migration.registry import Registry
 
+from .addresses import (
+    CLOCK_PORT,
+    EXIT_PORT,
+    HOLE_END,
+    HOLE_START,
+    SERIAL_PORT,
+    TIMER,
+    TIMER_STRIDE,
+)
 from .bus import DeviceBus
 from .config import MachineConfig
 from .cpu import Bus, CpuHost
@@ -19,19 +29,14 @@ from .cpu_state import CpuState
 from .devices.clock import RealTimeClock
 from .devices.debug_exit import DebugExit
 from .devices.serial import Serial
-from .devices.timer import STRIDE, IntervalTimer
-from .guest.layout import HOLE_END, HOLE_START, Layout
+from .devices.timer import IntervalTimer
+from .guest.layout import Layout
 from .guest.program import install
 from .long_mode import enter
 from .runner import Runner
 
 NAME: Final = "vmferry-1.0"
 RAM: Final = "ram"
-
-SERIAL_PORT: Final = 0x3F8
-CLOCK_PORT: Final = 0x70
-EXIT_PORT: Final = 0xF4
-TIMER_ADDRESS: Final = 0xFED00000
 
 
 class HostedMachine:
@@ -61,43 +66,48 @@ class HostedMachine:
         self._exit = DebugExit(self._guest_ended)
         self._over = threading.Event()
         self._lock = threading.Lock()  # of `running` and what goes with it
-        bus = self._bus()
-        self._host = make_host(bus)
-        self.memory = GuestMemory()
-        self._map_ram()
-        vcpus = [self._host.add_vcpu() for _ in range(config.cpus)]
+        with ExitStack() as stack:
+            self.memory = stack.enter_context(GuestMemory())
+            host = make_host(self._bus())
+            stack.callback(host.close)
+            self._map_ram(host)
+            vcpus = [host.add_vcpu() for _ in range(config.cpus)]
+            self._runner = Runner(
+                vcpus, until_alarm=self._timer.until_alarm, ended=self._machine_ended
+            )
+            stack.callback(self._runner.close)
+            self._cleanup = stack.pop_all()
         self._cpus = [CpuState(vcpu) for vcpu in vcpus]
         for cpu in self._cpus:
             self.registry.register(cpu)
-        self._runner = Runner(vcpus, until_alarm=self._timer.until_alarm, ended=self._machine_ended)
 
     def _bus(self) -> DeviceBus:
         clock = RealTimeClock()
         for device in (self._timer, self.serial, clock, self._exit):
             self.registry.register(device)
-        timers = TIMER_ADDRESS + STRIDE * self.config.cpus
+        timers = TIMER + TIMER_STRIDE * self.config.cpus
         return DeviceBus(
             ports=[
                 (range(SERIAL_PORT, SERIAL_PORT + 8), self.serial),
                 (range(CLOCK_PORT, CLOCK_PORT + 8), clock),
                 (range(EXIT_PORT, EXIT_PORT + 1), self._exit),
             ],
-            memory=[(range(TIMER_ADDRESS, timers), self._timer)],
+            memory=[(range(TIMER, timers), self._timer)],
         )
 
-    def _map_ram(self) -> None:
+    def _map_ram(self, host: CpuHost) -> None:
         block = self.memory.add(RAM, self.config.ram)
         low = min(block.size, HOLE_START)
-        self._host.map(0, block.address, low)
+        host.map(0, block.address, low)
         if block.size > low:
-            self._host.map(HOLE_END, block.address + low, block.size - low)
+            host.map(HOLE_END, block.address + low, block.size - low)
 
     # Running
 
     def start(self) -> None:
         """Put the guest into memory and run it from its first instruction."""
         ram = self.memory[RAM].array
-        install(ram, self.config, TIMER_ADDRESS, STRIDE)
+        install(ram, self.config)
         for index, cpu in enumerate(self._cpus):
             enter(cpu, self.layout, index)
             cpu.holder.write(cpu)
@@ -152,9 +162,7 @@ class HostedMachine:
 
     def close(self) -> None:
         """End the threads and give everything back."""
-        self._runner.close()
-        self._host.close()
-        self.memory.close()
+        self._cleanup.close()
 
     def __enter__(self) -> Self:
         return self

@@ -87,7 +87,7 @@ class CpuHost(Protocol):
         """Put memory of this process at the guest-physical address *start*.
 
         *address* is where it begins in this process; all three are multiples of 4096.  Ranges do
-        not overlap.  Memory may be added while vCPUs run, and is there as long as the host is.
+        not overlap, are mapped before the first vCPU is made, and stay as long as the host does.
         """
 
     def add_vcpu(self) -> Vcpu:

@@ -16,10 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Final
 
+from vmferry.machines.addresses import TIMER_STRIDE
 from vmferry.vmstate import U32, U64, Local, VarArray, device, equal, state
-
-STRIDE: Final = 16
-"""Bytes between the registers of two vCPUs."""
 
 _LOW: Final = 0xFFFFFFFF
 
@@ -70,7 +68,7 @@ class IntervalTimer:
 
     def read(self, offset: int, size: int) -> int:
         """A register, or half of it."""
-        index, register = divmod(offset, STRIDE)
+        index, register = divmod(offset, TIMER_STRIDE)
         channel = self.channels[index]
         if register >= 8:
             return channel.alarm >> (8 * (register - 8)) & ((1 << 8 * size) - 1)
@@ -82,7 +80,7 @@ class IntervalTimer:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """The alarm, or half of it."""
-        index, register = divmod(offset, STRIDE)
+        index, register = divmod(offset, TIMER_STRIDE)
         if register >= 8:
             channel, shift = self.channels[index], 8 * (register - 8)
             mask = ((1 << 8 * size) - 1) << shift

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.errors import UsageError
+from vmferry.machines.addresses import HOLE_END, HOLE_START, TIMER, TIMER_STRIDE
 from vmferry.machines.config import PAGE, MachineConfig
 from vmferry.units import format_size
 
@@ -60,14 +61,11 @@ BLOCK_LINE: Final = 0x100
 PARAMETERS: Final = BLOCK.fields["hot_steps"][1] if BLOCK.fields else 0
 """Bytes of a block that only the board writes."""
 
-HOLE_START: Final = 3 << 30
-HOLE_END: Final = 4 << 30
-DEVICES: Final = 1 << 39
-"""Virtual address of the 2 MiB of devices at :data:`DEVICES_PHYSICAL`."""
-
-DEVICES_PHYSICAL: Final = 0xFEC00000
-
 _LARGE: Final = 2 << 20
+_DEVICES: Final = 1 << 39
+"""Virtual address of the 2 MiB of devices that the timer lies in."""
+
+_DEVICES_PHYSICAL: Final = TIMER // _LARGE * _LARGE
 _TABLE_BYTES: Final = 512 * _LARGE
 # Present, writable, and already accessed and dirty, so that the processor need not write it.
 _TABLE: Final = 0x23
@@ -133,6 +131,11 @@ class Layout:
         return BLOCKS + index * PAGE
 
 
+def timer_address(index: int) -> int:
+    """The virtual address of the timer's registers for the vCPU *index*."""
+    return _DEVICES + TIMER - _DEVICES_PHYSICAL + index * TIMER_STRIDE
+
+
 def page_tables(layout: Layout) -> npt.NDArray[np.uint64]:
     """The page tables, for :attr:`Layout.tables`: RAM as one piece, and the devices.
 
@@ -147,7 +150,7 @@ def page_tables(layout: Layout) -> npt.NDArray[np.uint64]:
 
     tables[root, :2] = entry(low), entry(devices)
     tables[devices, 0] = entry(large)
-    tables[large, 0] = DEVICES_PHYSICAL | _PAGE | _UNCACHED
+    tables[large, 0] = _DEVICES_PHYSICAL | _PAGE | _UNCACHED
     tables[low, : count - 4] = [entry(table) for table in range(4, count)]
     virtual = np.arange((count - 4) * 512, dtype=np.uint64) * np.uint64(_LARGE)
     hole = np.uint64(HOLE_END - HOLE_START)

@@ -38,7 +38,11 @@ NUMBER, SEQUENCE, SEED, CHANGED, WRITER, SUM, SUM_OF_SUMS = range(1, 8)
 
 Words = npt.NDArray[np.uint64]
 
-_BODY: Final = np.arange(WORDS - HEAD, dtype=np.uint64) * np.uint64(WORD_STEP)
+_BODY_WORDS: Final = WORDS - HEAD
+_BODY: Final = np.arange(_BODY_WORDS, dtype=np.uint64) * np.uint64(WORD_STEP)
+# How often a word counts in the sum of sums.
+_HEAD_WEIGHTS: Final = np.arange(WORDS - 2, _BODY_WORDS, -1, dtype=np.uint64)
+_BODY_WEIGHTS: Final = np.arange(_BODY_WORDS, 0, -1, dtype=np.uint64)
 
 ORDER: Final = np.array([*range(SUM), *range(HEAD, WORDS), SUM, SUM_OF_SUMS])
 """The words of a page in the order in which they are written."""
@@ -49,20 +53,21 @@ def written(numbers: Words, sequences: Words, changed: int, writers: Words) -> W
 
     *changed* is how many lines are written from the second time on.
     """
-    pages = np.zeros((len(numbers), WORDS), np.uint64)
-    seeds = _seeds(numbers, sequences)
     first = sequences == 1
     lines = np.where(first, np.uint64(LINES), np.uint64(changed))
-    head = (np.full_like(numbers, MAGIC), numbers, sequences, seeds, lines, writers)
-    for word, values in enumerate(head):
-        pages[:, word] = values
-    fresh = HEAD + changed * LINE_WORDS
-    pages[:, HEAD:] = seeds[:, None] + _BODY
-    if changed < LINES:
-        old = _seeds(numbers, np.ones_like(numbers))
-        pages[:, fresh:] = old[:, None] + _BODY[fresh - HEAD :]
-    sums = content_sums(pages)
-    pages[:, SUM], pages[:, SUM_OF_SUMS] = sums
+    seeds, old = _seeds(numbers, sequences), _seeds(numbers, np.ones_like(numbers))
+    magic = np.full_like(numbers, MAGIC)
+    pages = np.empty((len(numbers), WORDS), np.uint64)
+    pages[:, :SUM] = np.stack((magic, numbers, sequences, seeds, lines, writers), axis=1)
+    fresh = changed * LINE_WORDS
+    np.add(seeds[:, None], _BODY[:fresh], out=pages[:, HEAD : HEAD + fresh])
+    np.add(old[:, None], _BODY[fresh:], out=pages[:, HEAD + fresh :])
+    # The sums of so regular a content need not be counted.
+    weight, weight_old = _BODY_WEIGHTS[:fresh].sum(), _BODY_WEIGHTS[fresh:].sum()
+    count, count_old = np.uint64(fresh), np.uint64(_BODY_WORDS - fresh)
+    pages[:, SUM] = pages[:, :SUM].sum(axis=1) + seeds * count + old * count_old + _BODY.sum()
+    pages[:, SUM_OF_SUMS] = pages[:, :SUM] @ _HEAD_WEIGHTS + seeds * weight + old * weight_old
+    pages[:, SUM_OF_SUMS] += (_BODY * _BODY_WEIGHTS).sum()
     pages[sequences == 0] = 0
     return pages
 

@@ -12,16 +12,7 @@ from vmferry.machines.config import MachineConfig
 from vmferry.machines.listing import assemble
 
 from . import pages, schedule, walk, words
-from .layout import (
-    BLOCK,
-    BLOCK_LINE,
-    CODE,
-    DEVICES,
-    DEVICES_PHYSICAL,
-    GDT,
-    Layout,
-    page_tables,
-)
+from .layout import BLOCK, BLOCK_LINE, CODE, GDT, PARAMETERS, Layout, page_tables, timer_address
 
 DESCRIPTORS: Final = (0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
 """Null, 08: code of 64 bits, 10: data; both accessed already."""
@@ -41,29 +32,27 @@ def code() -> bytes:
     )
 
 
-def install(ram: npt.NDArray[np.uint8], config: MachineConfig, timers: int, stride: int) -> None:
-    """Write the guest into *ram*, which is zero.
-
-    *timers* is the physical address of the interval timer's registers, *stride* how far apart
-    those of two vCPUs are.
-    """
+def constants(config: MachineConfig) -> dict[int, npt.NDArray[np.uint8]]:
+    """What lies where in memory and is not changed by the guest."""
     layout = Layout.of(config)
-
-    def put(start: int, content: npt.NDArray[np.generic]) -> None:
-        data = content.reshape(-1).view(np.uint8)
-        ram[start : start + len(data)] = data
-
-    put(GDT, np.array(DESCRIPTORS, "<u8"))
-    put(CODE, np.frombuffer(code(), np.uint8))
-    put(layout.tables, page_tables(layout))
+    parts: dict[int, npt.NDArray[np.generic]] = {
+        GDT: np.array(DESCRIPTORS, "<u8"),
+        CODE: np.frombuffer(code(), np.uint8),
+        layout.tables: page_tables(layout),
+    }
     for index in range(config.cpus):
-        block = parameters(config, index)
-        block["timer"] = DEVICES + timers - DEVICES_PHYSICAL + index * stride
-        put(layout.block(index), block)
+        parts[layout.block(index)] = _block(config, index).view(np.uint8)[:PARAMETERS]
+    return {start: part.reshape(-1).view(np.uint8) for start, part in parts.items()}
 
 
-def parameters(config: MachineConfig, index: int) -> npt.NDArray[np.void]:
-    """The block of the vCPU *index* as an array of one, but for the address of its timer."""
+def install(ram: npt.NDArray[np.uint8], config: MachineConfig) -> None:
+    """Write the guest into *ram*, which is zero."""
+    for start, part in constants(config).items():
+        ram[start : start + len(part)] = part
+
+
+def _block(config: MachineConfig, index: int) -> npt.NDArray[np.void]:
+    """The block of the vCPU *index*, an array of one."""
     layout, guest = Layout.of(config), config.guest
     share = layout.share(index)
     block = np.zeros(1, BLOCK)
@@ -71,10 +60,10 @@ def parameters(config: MachineConfig, index: int) -> npt.NDArray[np.void]:
     block["hot_first"], block["hot_count"] = share.hot_first, share.hot_count
     block["cold_first"], block["cold_count"] = share.cold_first, share.cold_count
     if guest.rate is not None:
-        block["rate"] = max(
-            1, guest.rate * (index + 1) // config.cpus - guest.rate * index // config.cpus
-        )
+        before, after = (guest.rate * number // config.cpus for number in (index, index + 1))
+        block["rate"] = max(1, after - before)
     block["changed"] = changed_lines(guest.changed)
+    block["timer"] = timer_address(index)
     block["interval"] = round(guest.heartbeat * 1e9)
     return block
 

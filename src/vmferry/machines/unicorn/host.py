@@ -15,13 +15,12 @@ import unicorn
 from unicorn import x86_const as x86
 
 from vmferry.errors import MachineError
+from vmferry.machines.addresses import HOLE_END, HOLE_START
 from vmferry.machines.cpu import Bus, Exit
 from vmferry.machines.cpu_state import CpuState
 
 from .registers import read_registers, write_registers
 
-_HOLE_START: Final = 3 << 30
-_HOLE_END: Final = 4 << 30
 # The package has no types of its own.
 _Engine: Any = unicorn.Uc  # type: ignore[attr-defined]
 _EngineError: type[Exception] = unicorn.UcError  # type: ignore[attr-defined]
@@ -35,23 +34,17 @@ class UnicornHost:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._memory: list[tuple[int, int, int]] = []
-        self._vcpus: list[UnicornVcpu] = []
 
     def map(self, start: int, address: int, size: int) -> None:
         """As :meth:`~vmferry.machines.cpu.CpuHost.map`."""
         self._memory.append((start, address, size))
-        for vcpu in self._vcpus:
-            vcpu.kick()  # it maps what is new before it goes on
 
     def add_vcpu(self) -> UnicornVcpu:
         """As :meth:`~vmferry.machines.cpu.CpuHost.add_vcpu`."""
-        vcpu = UnicornVcpu(self._bus, self._memory)
-        self._vcpus.append(vcpu)
-        return vcpu
+        return UnicornVcpu(self._bus, self._memory)
 
     def close(self) -> None:
-        """Give the engines back."""
-        self._vcpus.clear()
+        """Nothing is held but by the vCPUs."""
 
 
 class UnicornVcpu:
@@ -59,18 +52,18 @@ class UnicornVcpu:
 
     def __init__(self, bus: Bus, memory: list[tuple[int, int, int]]) -> None:
         self._bus = bus
-        self._memory = memory
-        self._mapped = 0
         self._lock = threading.Lock()  # of the next two
         self._inside = False
         self._kicked = False
         self._error: Exception | None = None
         self._engine = engine = _Engine(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         self._where = ""
+        for start, address, size in memory:
+            engine.mem_map_ptr(start, size, unicorn.UC_PROT_ALL, address)
         engine.hook_add(unicorn.UC_HOOK_INSN, self._in, None, 1, 0, x86.UC_X86_INS_IN)
         engine.hook_add(unicorn.UC_HOOK_INSN, self._out, None, 1, 0, x86.UC_X86_INS_OUT)
         engine.hook_add(unicorn.UC_HOOK_MEM_INVALID, self._invalid)
-        engine.mmio_map(_HOLE_START, _HOLE_END - _HOLE_START, self._load, None, self._store, None)
+        engine.mmio_map(HOLE_START, HOLE_END - HOLE_START, self._load, None, self._store, None)
 
     def run(self) -> Exit:
         """As :meth:`~vmferry.machines.cpu.Vcpu.run`."""
@@ -80,7 +73,6 @@ class UnicornVcpu:
                 return Exit.KICKED
             self._inside = True
         try:
-            self._map()
             self._emulate()
         finally:
             with self._lock:
@@ -102,7 +94,6 @@ class UnicornVcpu:
 
     def write(self, state: CpuState) -> None:
         """As :meth:`~vmferry.machines.cpu.Vcpu.write`; segments are read from the guest's GDT."""
-        self._map()
         write_registers(self._engine, state)
 
     def _emulate(self) -> None:
@@ -117,11 +108,6 @@ class UnicornVcpu:
             if self._error is not None:
                 raise self._error
 
-    def _map(self) -> None:
-        for start, address, size in self._memory[self._mapped :]:
-            self._engine.mem_map_ptr(start, size, unicorn.UC_PROT_ALL, address)
-            self._mapped += 1
-
     # Called by the engine, through native frames, which no error can cross
 
     def _in(self, _engine: Any, port: int, size: int, _data: Any) -> int:
@@ -131,10 +117,10 @@ class UnicornVcpu:
         self._tell(lambda: self._bus.port_write(port, size, value))
 
     def _load(self, _engine: Any, offset: int, size: int, _data: Any) -> int:
-        return self._ask(lambda: self._bus.memory_read(_HOLE_START + offset, size), size)
+        return self._ask(lambda: self._bus.memory_read(HOLE_START + offset, size), size)
 
     def _store(self, _engine: Any, offset: int, size: int, value: int, _data: Any) -> None:
-        self._tell(lambda: self._bus.memory_write(_HOLE_START + offset, size, value))
+        self._tell(lambda: self._bus.memory_write(HOLE_START + offset, size, value))
 
     def _invalid(
         self, _engine: Any, _access: int, address: int, size: int, _value: int, _data: Any

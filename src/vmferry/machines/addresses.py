@@ -1,0 +1,19 @@
+"""Where the board has its memory and its devices, for processors."""
+
+from __future__ import annotations
+
+from typing import Final
+
+SERIAL_PORT: Final = 0x3F8
+CLOCK_PORT: Final = 0x70
+EXIT_PORT: Final = 0xF4
+
+TIMER: Final = 0xFED00000
+"""The interval timer, in physical memory; each vCPU has registers of its own there."""
+
+TIMER_STRIDE: Final = 16
+"""Bytes between the registers of two vCPUs."""
+
+HOLE_START: Final = 3 << 30
+HOLE_END: Final = 4 << 30
+"""No RAM is there, but devices; RAM that does not fit below goes on above."""
