@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 import vmferry
 from tests.migration.boards import Board, Channel, Disk, Overrun, Passthrough, Timer, Uart, board
 from tests.vmstate.analyze import VARIABLE, analyze, find_script
-from vmferry import StateError, StorageError, StreamError, UsageError
+from vmferry import LimitExceeded, StateError, StorageError, StreamError, UsageError
 from vmferry.vmstate import U8, U16, U32, VarArray, device
 from vmferry.vmstate import load as load_object
 from vmferry.vmstate.decode import decode_device
+from vmferry.wire import limits
 from vmferry.wire.description import VmDescription
 from vmferry.wire.devices import DeviceSection
 from vmferry.wire.reader import StreamReader, Tolerate
@@ -421,6 +422,23 @@ def test_damaged_stream_loads_or_is_refused(
 # The file
 
 
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [("DEVICE_SECTION", 6), ("DEVICES", 40), ("DEVICE_COUNT", 1), ("DESCRIPTION", 400)],
+)
+def test_what_no_reader_would_take_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    machine = board(Uart(), Uart())
+    vmferry.save(machine, tmp_path / "s")
+    monkeypatch.setattr(limits, limit, value)
+    with pytest.raises(StreamError):
+        vmferry.open_stream(tmp_path / "s")
+    monkeypatch.setattr("vmferry.migration.saving._SURELY_READABLE", 0)
+    with pytest.raises(LimitExceeded, match="at most"):
+        vmferry.save(machine, tmp_path / "again")
+
+
 def test_blocked_machine_is_not_saved(tmp_path: Path) -> None:
     machine = board(Uart())
     with (
@@ -501,14 +519,14 @@ def test_errors_of_devices_are_not_taken_for_those_of_the_file(tmp_path: Path) -
 def test_full_disk_leaves_the_file_before(tmp_path: Path) -> None:
     (tmp_path / "s").write_bytes(b"old")
     disk = Disk(bytes(200_000))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, allowed[1]))
     try:
         with pytest.raises(StorageError, match="s: cannot be saved: File too large"):
             vmferry.save(board(disk=disk), tmp_path / "s")
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
         signal.signal(signal.SIGXFSZ, handler)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("s", b"old")]
 

@@ -250,6 +250,21 @@ def test_a_subsection_that_would_be_taken_for_that_of_a_struct_is_refused() -> N
     device("dev", version=2)(Apart)
 
 
+def nested(depth: int, inner: type[Any] | None = None) -> type[Any]:
+    """A state that holds a state, and so on, *depth* of them below it."""
+    for number in range(depth + 1):
+        cls = type(f"Level{number}", (), {"__annotations__": {"x": inner or U8}})
+        inner = state(f"level{number}")(cls)
+    assert inner is not None
+    return inner
+
+
+def test_states_that_are_nested_too_deep_for_a_description_are_refused() -> None:
+    nested(9)
+    with pytest.raises(DeclarationError, match=r"Level10\.x: states inside each other.* than 32"):
+        nested(10)
+
+
 def test_what_is_local_or_of_the_class_is_not_migrated() -> None:
     @device("d")
     @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,9 +14,11 @@ from tests.vmstate.tails import Tail, manifest, recorded
 from tests.wire import described as d
 from vmferry.errors import LimitExceeded, StreamError, TruncatedStream
 from vmferry.wire import limits
-from vmferry.wire.description import parse_description
+from vmferry.wire.description import UnreadDescription, VmDescription, parse_description
 from vmferry.wire.devices import (
     CANDIDATES,
+    Decode,
+    DecodedDevices,
     DeviceRegion,
     DeviceSection,
     EarlyFinder,
@@ -23,6 +26,7 @@ from vmferry.wire.devices import (
     split_by_footers,
     split_devices,
 )
+from vmferry.wire.sections import SectionStart
 
 TAILS = sorted(manifest())
 I2C = bytes.fromhex("04 0000001e 07 6932635f627573 00000000 00000001 ff 7e 0000001e")
@@ -308,8 +312,10 @@ def test_devices_without_end_are_refused(
 _PIECES = [*FALSE_ENDS, b"\0", b"\x7e\0\0\0\5", b"\0\6\0\0\0\x09{", b"}", three(), bytes(40)]
 
 
-def _verdict(data: bytes, cuts: list[int], footers: bool) -> tuple[object, ...]:
-    search = TailFinder(footers=footers, offset=0).search
+def _verdict(
+    data: bytes, cuts: list[int], footers: bool, decode: Decode | None = None
+) -> tuple[object, ...]:
+    search = TailFinder(footers=footers, offset=0, decode=decode).search
     try:
         for size in cuts:
             if (found := search(data[:size], ended=False)) is not None:
@@ -336,6 +342,50 @@ def test_the_verdict_does_not_depend_on_the_sizes_of_reads(
     assert _verdict(whole, list(range(1, len(whole) + 1)), footers) == at_once
     if valid:
         assert at_once[0] == len(stream.sections)
+    decode = decoder({"x": len(noise), "a": len(BODIES["a"])})
+    decoded = _verdict(whole, [len(whole)], footers, decode)
+    assert _verdict(whole, cuts, footers, decode) == decoded
+    assert decoded == at_once or not valid
+
+
+def decoder(sizes: dict[str, int]) -> Decode:
+    """A decoder of bodies of these *sizes*, that makes their bytes of them."""
+
+    def decode(head: SectionStart, data: memoryview, offset: int) -> tuple[int, Any]:
+        if len(data) < sizes.get(head.name, len(data) + 1):
+            raise StreamError("the body of a device that is known", head.name, offset=offset)
+        size = sizes[head.name]
+        return size, bytes(data[:size])
+
+    return decode
+
+
+@pytest.mark.parametrize("footers", [True, False])
+def test_devices_that_can_be_decoded_need_no_description(footers: bool) -> None:
+    sections = three(footer=footers)
+    # One that does not describe these devices, and cannot be read either.
+    data = d.tail(sections, b'{"page_size": nothing}')
+    decode = decoder({name: len(body) for name, body in BODIES.items()})
+    search = TailFinder(footers=footers, offset=7, decode=decode).search
+    assert all(search(data[:size], ended=False) is None for size in range(len(data)))
+    found = search(data, ended=False)
+    assert found is not None
+    assert found.sections == (DecodedDevices(7, sections, tuple(BODIES.values())),)
+    assert found.description == UnreadDescription(b'{"page_size": nothing}')
+    found = TailFinder(footers=footers, offset=7, decode=decode).search(
+        sections + b"\0", ended=True
+    )
+    assert found is not None
+    assert found.sections == (DecodedDevices(7, sections, tuple(BODIES.values())),)
+
+
+@pytest.mark.parametrize("sizes", [{"a": 8, "b": 7, "c": 8}, {"a": 8, "b": 9, "c": 8}, {"a": 8}])
+def test_devices_that_cannot_be_decoded_are_split_as_described(sizes: dict[str, int]) -> None:
+    data = d.tail(three(), d.description(A, B, C))
+    found = TailFinder(footers=True, offset=0, decode=decoder(sizes)).search(data, ended=False)
+    assert found is not None
+    assert [type(section) for section in found.sections] == [DeviceSection] * 3
+    assert isinstance(found.description, VmDescription)
 
 
 @settings(deadline=None)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from vmferry.errors import DeclarationError
+from typing import Final
 
-from .plan import Custom, Elements, Field, Gap, Plan, Struct, Temporary, plans_of
+from vmferry.errors import DeclarationError
+from vmferry.wire.limits import JSON_DEPTH
+
+from .plan import Custom, Elements, Field, Gap, Plan, Struct, Temporary, depth_inside, plans_of
+
+_AROUND: Final = 5
+"""Brackets around what describes a field: those of its list, its device, and around devices."""
 
 
 def may_miss(field: Field) -> bool:
@@ -25,6 +31,18 @@ def check_made(plan: Plan) -> None:
                 f"{plan.cls.__qualname__}.{attribute}: a {inner.cls.__qualname__} has to be made"
                 " when loading, so that what it takes to be called may only be fields that are"
                 " always there"
+            )
+
+
+def check_depth(plan: Plan) -> None:
+    """Refuse states that are nested deeper than what describes them may be."""
+    depths = [(field.attribute, depth_inside(field.kind)) for field in plan.fields]
+    depths += [(part.attribute, part.plan.depth) for part in plan.subsections]
+    for attribute, depth in depths:
+        if _AROUND + depth > JSON_DEPTH:
+            raise DeclarationError(
+                f"{plan.cls.__qualname__}.{attribute}: states inside each other, so deep that their"
+                f" description would have more than {JSON_DEPTH} brackets open at once"
             )
 
 

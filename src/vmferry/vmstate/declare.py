@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, TypeVar, get_args, get_origin, get_type
 from vmferry.errors import DeclarationError
 
 from . import types as t
-from .checks import check_ends, check_made, may_miss
+from .checks import check_depth, check_ends, check_made, may_miss
 from .codec import compile_plan
 from .kinds import kind_of, plan_of, split
 from .plan import (
@@ -126,6 +126,7 @@ def _declare(
         registration=registration,
     )
     check_made(plan)
+    check_depth(plan)
     check_ends(plan)
     compile_plan(plan, version)
     setattr(cls, PLAN, plan)

@@ -212,8 +212,16 @@ class Plan:
     required: tuple[str, ...] | None
     defaults: dict[str, Any]
     registration: Registration | None = None
+    depth: int = field(init=False)
+    """Brackets inside each other in the JSON that describes the state."""
+
     codecs: dict[int, Any] = field(default_factory=dict)
     """What :mod:`.codec` has compiled, by version."""
+
+    def __post_init__(self) -> None:
+        inside = [depth_inside(field.kind) for field in self.fields]
+        inside += [part.plan.depth for part in self.subsections]
+        object.__setattr__(self, "depth", 2 + max(inside, default=0))
 
 
 def plans_of(kind: Kind) -> list[Plan]:
@@ -222,6 +230,12 @@ def plans_of(kind: Kind) -> list[Plan]:
         return plans_of(kind.element)
     found = [getattr(kind, name, None) for name in ("plan", "key", "value")]
     return [plan for plan in found if isinstance(plan, Plan)]
+
+
+def depth_inside(kind: Kind) -> int:
+    """Brackets inside each other in what describes a value."""
+    own = int(kind.type == "struct")
+    return own + max((plan.depth for plan in plans_of(kind)), default=0)
 
 
 def fixed_size(kind: Kind) -> int:
