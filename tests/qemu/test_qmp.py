@@ -98,7 +98,7 @@ def test_flood_of_events_does_not_move_the_deadline() -> None:
         (b"HTTP/1.1 400 Bad Request\n", "expected a QMP message in JSON"),
         (b"[1]\n", "expected a QMP message, found"),
         (b'{"QMP": 3}\n', "expected a QMP greeting"),
-        (b'{"a":' * 100_000 + b"\n", "expected a QMP message in JSON"),
+        (b'{"a":' * 2_000 + b"\n", "expected a QMP message in JSON"),
     ],
 )
 def test_other_protocols_are_refused(greeting: bytes, complaint: str) -> None:
@@ -107,7 +107,7 @@ def test_other_protocols_are_refused(greeting: bytes, complaint: str) -> None:
 
 
 def test_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qmp, "MAX_LINE", 1000)
+    monkeypatch.setattr(qmp, "MAX_MESSAGE", 1000)
     with (
         server(greeting=b"x" * 2000) as connection,
         pytest.raises(PeerError, match="at most 1000 bytes"),

@@ -1,9 +1,9 @@
 """A QMP client: commands, their answers and events, over a unix or TCP socket.
 
-The protocol is that of QEMU's docs/interop/qmp-spec: one JSON object per line, a greeting first,
+The protocol is that of QEMU's docs/interop/qmp-spec: JSON objects, a greeting first,
 ``qmp_capabilities`` before anything else, an ``id`` that comes back with the answer, and events
-between any two lines.  Every wait has a deadline.  What the other side sends is bounded (a line
-has at most 16 MiB) and checked; it can be garbled or silent, but not harmful.
+between any two objects.  Every wait has a deadline.  What the other side sends is bounded (a
+message has at most 16 MiB) and checked; it can be garbled or silent, but not harmful.
 
 Only the Python standard library is used: the ``qemu.qmp`` package is asynchronous, and its
 synchronous wrapper is bound to the thread that made it and licensed under the GPL.
@@ -22,12 +22,11 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from vmferry.errors import PeerError, TransportError, UsageError, printable
+from vmferry.qemu.messages import Object, Splitter, read_message, write_message
 
-MAX_LINE: Final = 16 << 20  # the largest answer of QEMU 7.2, query-qmp-schema, has 200 kB
+MAX_MESSAGE: Final = 16 << 20  # the largest answer of QEMU 7.2, query-qmp-schema, has 200 kB
 MAX_EVENTS: Final = 10_000  # events kept for wait_event(); the oldest go first
 _GREETING: Final = "the greeting"
-
-Object = dict[str, Any]
 
 
 class QmpError(PeerError):
@@ -57,7 +56,8 @@ class Qmp:
         self._socket = connection
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._received = bytearray()
+        self._splitter = Splitter(MAX_MESSAGE)
+        self._received: deque[bytes] = deque()
         self._events: deque[Object] = deque(maxlen=MAX_EVENTS)
         self._commands = 0
         try:
@@ -96,7 +96,7 @@ class Qmp:
             request: Object = {"execute": command, "id": self._commands}
             if arguments:
                 request["arguments"] = dict(arguments)
-            self._send(json.dumps(request).encode() + b"\n", deadline, command)
+            self._send(write_message(request), deadline, command)
             while True:
                 answer = self._next(deadline, f"the answer to {command}")
                 if "event" in answer:
@@ -165,17 +165,9 @@ class Qmp:
 
     def _next(self, deadline: float, wanted: str) -> Object:
         """The next message, whatever it is."""
-        searched = 0
-        while (end := self._received.find(b"\n", searched)) < 0:
-            searched = len(self._received)
-            if searched > MAX_LINE:
-                raise PeerError(
-                    f"expected a QMP line of at most {MAX_LINE} bytes, found a longer one"
-                )
-            self._received += self._receive(deadline, wanted)
-        line = bytes(self._received[:end])
-        del self._received[: end + 1]
-        return _parse(line)
+        while not self._received:
+            self._received.extend(self._splitter.feed(self._receive(deadline, wanted)))
+        return read_message(self._received.popleft())
 
     def _receive(self, deadline: float, wanted: str) -> bytes:
         try:
@@ -217,16 +209,6 @@ def _connect(address: str, timeout: float) -> socket.socket:
         connection.close()
         raise
     return connection
-
-
-def _parse(line: bytes) -> Object:
-    try:
-        message = json.loads(line)
-    except (ValueError, RecursionError) as exc:
-        raise PeerError(f"expected a QMP message in JSON, found {printable(line)}") from exc
-    if not isinstance(message, dict):
-        raise PeerError(f"expected a QMP message, found {printable(line)}")
-    return message
 
 
 def _greeting(message: Object) -> Object:
