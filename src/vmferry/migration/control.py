@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, TypeAlias
 
-from vmferry.errors import InDoubt, UsageError, VmferryError
+from vmferry.errors import UsageError
 from vmferry.transports import Listener, connect, listen
 
 from . import capabilities as caps
@@ -23,6 +23,7 @@ from .machine import LiveMachine
 from .machine_sink import MachineSink
 from .parameters import Parameters
 from .progress import Meter, Progress
+from .statistics import Statistics, query_incoming
 from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack
 
 Notify: TypeAlias = Callable[[str, dict[str, Any]], None]
@@ -59,8 +60,9 @@ class Control:
         self._listener: Listener | None = None
         self._thread: threading.Thread | None = None
         self._progress = Progress("setup")
+        self._statistics: Statistics | None = None
         self._given_away = False
-        self._error: VmferryError | None = None
+        self._error: Exception | None = None
 
     # Settings
 
@@ -92,7 +94,7 @@ class Control:
         if self._track.current in UNDER_WAY:
             if self._destination is not None:
                 return RunState.INMIGRATE
-            if self._source is not None and self._source.stopped_at is not None:
+            if self._source is not None and self._source.has_stopped:
                 return RunState.FINISH_MIGRATE
         return RunState.PAUSED
 
@@ -131,15 +133,16 @@ class Control:
             if self._given_away:
                 raise UsageError("the machine was given away: it is not here to be migrated")
             track = StatusTrack(SOURCE, self._status_changed)
+            statistics = Statistics(self._note)
             source = LiveSource(
                 self.machine,
                 lambda: connect(uri, timeout=self.parameters.connect_deadline or None),
                 capabilities=self.capabilities,
                 parameters=lambda: self.parameters,
                 track=track,
-                meter=Meter(self._note),
+                statistics=statistics,
             )
-            self._source = source
+            self._source, self._statistics = source, statistics
             self._begin(track, lambda: self._run_source(source))
 
     def incoming(self, uri: str) -> str:
@@ -200,10 +203,17 @@ class Control:
     def query(self) -> dict[str, Any]:
         """``query-migrate``."""
         with self._lock:
-            answer: dict[str, Any] = {"status": str(self._track.current)}
-            if self._error is not None:
-                answer["error-desc"] = str(self._error)
-            return answer
+            status, statistics = self._track.current, self._statistics
+            if self._destination is not None:
+                return query_incoming(status)
+            if statistics is None:
+                return {}
+            return statistics.query(
+                status,
+                capabilities=self.capabilities,
+                parameters=self.parameters,
+                error=None if self._error is None else str(self._error),
+            )
 
     # In the thread of a migration
 
@@ -216,22 +226,19 @@ class Control:
 
     def _run_source(self, source: LiveSource) -> None:
         try:
-            source.run()
-        except VmferryError as error:
-            with self._lock:
-                self._given_away = isinstance(error, InDoubt)
-                self._end(Status.FAILED, error)
-        else:
-            with self._lock:
-                self._given_away = True
-                self._end(Status.COMPLETED)
+            end, error = source.run(), None
+        except Exception as failure:  # noqa: BLE001 - told by whoever asks
+            end, error = Status.FAILED, failure
+        with self._lock:
+            self._given_away = source.is_given_away
+            self._end(end, error)
 
     def _run_destination(self, listener: Listener, destination: Destination) -> None:
         error = None
         try:
             with listener:
                 destination.run()
-        except VmferryError as failure:
+        except Exception as failure:  # noqa: BLE001 - told by whoever asks
             error = failure
         with self._lock:
             self._end(Status.COMPLETED if error is None else Status.FAILED, error)
@@ -242,7 +249,7 @@ class Control:
             self.machine.resume()
             self._notify("RESUME", {})
 
-    def _end(self, status: Status, error: VmferryError | None = None) -> None:
+    def _end(self, status: Status, error: Exception | None = None) -> None:
         if self._track.current == Status.CANCELLING:
             self._track.move(Status.CANCELLED)
         else:

@@ -8,7 +8,6 @@ where :class:`~vmferry.errors.InDoubt` says that this cannot be known.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -18,13 +17,13 @@ from vmferry.transports import Channel
 from vmferry.wire.multifd import Method
 
 from .capabilities import Capability
-from .handover import Word
+from .handover import Stage, Word
 from .machine import LiveMachine
 from .machine_source import MachineSource
 from .parameters import Parameters
 from .precopy import DirtyBlock, Precopy
-from .progress import Meter
 from .source import SendOptions, Source
+from .statistics import Statistics
 from .status import Status, StatusTrack
 
 
@@ -43,7 +42,7 @@ class LiveSource:
         capabilities: frozenset[Capability],
         parameters: Callable[[], Parameters],
         track: StatusTrack,
-        meter: Meter,
+        statistics: Statistics,
     ) -> None:
         machine.registry.check_migratable()
         if machine.registry.handlers:
@@ -53,29 +52,33 @@ class LiveSource:
         self._pauses = Capability.PAUSE_BEFORE_SWITCHOVER in capabilities
         self._ignores_shared = Capability.IGNORE_SHARED in capabilities
         self._track = track
-        self._meter = meter
+        self._statistics = statistics
         self._outgoing = MachineSource(machine, capabilities)
-        self._precopy = Precopy(self._begin, self._another, self._stop, meter)
+        self._precopy = Precopy(self._begin, self._another, self._stop, statistics)
         self._source = Source(
             self._outgoing,
             connect,
             options=self._options(capabilities),
-            meter=meter,
+            meter=statistics,
             passes=self._precopy,
         )
         self._proceed = threading.Event()
         self._cleanup = ExitStack()
-        self.stopped_at: float | None = None
-        """When the machine was stopped, as ``time.monotonic()`` says it."""
+        self.has_stopped = False
 
-    def run(self) -> None:
-        """Move the machine, or raise with the machine running as before."""
+    def run(self) -> Status:
+        """Move the machine, or raise with the machine running as before.
+
+        Returns ``sent`` where there is nobody to say that it was loaded, else ``completed``.
+        """
         with self._cleanup:
             try:
                 self._source.run()
             except BaseException:
                 self._take_back()
                 raise
+        released = self._source.handover.stage == Stage.RELEASED
+        return Status.COMPLETED if released else Status.SENT
 
     def cancel(self) -> bool:
         """Give up, from any thread; the machine runs when this returns, unless it is too late."""
@@ -85,13 +88,18 @@ class LiveSource:
         self._proceed.set()
         return True
 
+    @property
+    def is_given_away(self) -> bool:
+        """Whether the machine may run, or have run, at the destination."""
+        return not self._source.handover.may_run
+
     def proceed(self) -> None:
         """Go on from ``pre-switchover``."""
         self._proceed.set()
 
     def parameters_changed(self) -> None:
         """Heed parameters that were changed."""
-        if self.stopped_at is None:
+        if not self.has_stopped:
             self._source.limit.rate = self._parameters().max_bandwidth or None
 
     def _options(self, capabilities: frozenset[Capability]) -> SendOptions:
@@ -99,6 +107,7 @@ class LiveSource:
         multifd = Capability.MULTIFD in capabilities
         return SendOptions(
             multifd=now.multifd_channels if multifd else 0,
+            return_path=Capability.RETURN_PATH in capabilities,
             method=now.multifd_compression.method if multifd else Method.NONE,
             bandwidth=now.max_bandwidth or None,
             idle=now.idle_deadline or None,
@@ -127,7 +136,8 @@ class LiveSource:
         return remaining > 1 << 20
 
     def _stop(self) -> None:
-        self.stopped_at = time.monotonic()
+        self.has_stopped = True
+        self._statistics.stopped()
         self._machine.pause()
         reach("stopped")
         if self._source.handover.hear(Word.STOP) is None:

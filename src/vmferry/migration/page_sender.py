@@ -107,7 +107,7 @@ class PageSender:
         for channel in self._channels:
             header = self._header(None, np.zeros(0, np.uint64), 0, sync=True)
             channel.send([header], self._idle)
-            self._meter.count(transferred=len(header))
+            self._meter.count(transferred=len(header), multifd=len(header))
 
     def close(self) -> None:
         """End the threads; the channels belong to the caller.
@@ -144,7 +144,8 @@ class PageSender:
         offsets = job.pages * np.uint64(self._page_size)
         header = self._header(job.block, offsets, len(payload))
         channel.send([header, payload], self._idle)
-        self._meter.count(transferred=len(header) + len(payload), normal=len(job.pages))
+        sent = len(header) + len(payload)
+        self._meter.count(transferred=sent, multifd=sent, normal=len(job.pages))
         self._meter.tick()
 
     def _header(

@@ -25,6 +25,9 @@ class Passes(Protocol):
     def rest(self, pages: PageSender | None) -> Iterator[Batch]:
         """The last section: the machine does not run any more."""
 
+    def done(self) -> None:
+        """The destination has the machine."""
+
 
 class OnePass:
     """The memory of a machine at rest, all of it once."""
@@ -42,6 +45,9 @@ class OnePass:
     def rest(self, pages: PageSender | None) -> Iterator[Batch]:  # noqa: ARG002 - nothing is left
         """Nothing."""
         return iter(())
+
+    def done(self) -> None:
+        """Nothing."""
 
     def _all(self, pages: PageSender | None) -> Iterator[Batch]:
         for block in self._machine.blocks:

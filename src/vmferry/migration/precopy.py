@@ -23,7 +23,7 @@ from vmferry.wire.ram import RamBlock
 
 from .batches import Batch
 from .page_sender import PageSender
-from .progress import Meter
+from .statistics import Statistics
 
 Numbers = npt.NDArray[np.uint64]
 
@@ -91,12 +91,12 @@ class Precopy:
         begin: Callable[[], list[DirtyBlock]],
         another: Callable[[int], bool],
         stop: Callable[[], None],
-        meter: Meter,
+        statistics: Statistics,
     ) -> None:
         self._begin = begin
         self._another = another
         self._stop = stop
-        self._meter = meter
+        self._statistics = statistics
         self._blocks: list[DirtyBlock] = []
         self._room = bytearray(_ROOM)
         self._last_block: DirtyBlock | None = None
@@ -106,9 +106,9 @@ class Precopy:
         self._blocks = self._begin()
         for block in self._blocks:
             block.add_all()
+        self._statistics.synced(sum(block.memory.size for block in self._blocks))
         going_on = True
         while going_on:
-            self._meter.next_round()
             yield self._round(pages)
             going_on = self._another(self._collect())
 
@@ -118,8 +118,15 @@ class Precopy:
         self._collect()
         return self._round(pages)
 
+    def done(self) -> None:
+        """The downtime is over."""
+        self._statistics.finished()
+
     def _collect(self) -> int:
-        return sum(block.collect() for block in self._blocks) * PAGE_SIZE
+        """Find what was written; how many bytes are to be sent now."""
+        remaining = sum(block.collect() for block in self._blocks) * PAGE_SIZE
+        self._statistics.synced(remaining)
+        return remaining
 
     def _round(self, pages: PageSender | None) -> Iterator[Batch]:
         for block in self._blocks:

@@ -63,6 +63,7 @@ _NOBODY: Final = UUID(int=0)
 class SendOptions:
     """How to send: ``multifd`` channels (0 for none) and their compression, and the limits.
 
+    ``return_path`` is whether to ask for the destination's word, where the transport can carry it.
     ``bandwidth`` in bytes per second over all channels, ``None`` without limit.  ``idle`` is how
     many seconds the destination may read nothing while there is something to read, ``answer`` how
     many it may take to load what it was sent; ``None`` is for ever.
@@ -70,6 +71,7 @@ class SendOptions:
 
     multifd: int = 0
     method: Method = Method.NONE
+    return_path: bool = True
     bandwidth: float | None = None
     idle: float | None = 60.0
     answer: float | None = 60.0
@@ -135,25 +137,26 @@ class Source:
         except BaseException:
             self._meter.phase("failed")
             raise
-        self._meter.phase("completed" if self._main.duplex else "sent")
+        self._meter.phase("completed" if self._answered else "sent")
 
     def _run(self) -> None:
         with ExitStack() as cleanup:
             main = self._main = self._open(cleanup)
             main.name = "main"
-            if not main.duplex:
+            self._answered = main.duplex and self._options.return_path
+            if not self._answered:
                 self.handover = Handover(SOURCE_OF_QEMU)
             verdict = self._verdict = Verdict(main, lambda: self.handover.stage == Stage.RESUMED)
             self._meter.start()
             reach("connected")
             try:
                 self._send_all(cleanup)
-                if main.duplex:
+                if self._answered:
                     self._conclude()
                 main.end_of_data()
             except BaseException as error:
                 refusal = None
-                if isinstance(error, TransportError) and main.duplex and not self._cancelled:
+                if isinstance(error, TransportError) and self._answered and not self._cancelled:
                     refusal = verdict.refusal()
                 # No thread shall wait for a channel that nobody reads any more.
                 for channel in self._channels:
@@ -177,6 +180,7 @@ class Source:
         if ready is not None:
             self._let_go(ready)
         self.handover.hear(Word.SHUT)
+        self._passes.done()
         reach("shut-heard")
         return None
 
@@ -236,7 +240,7 @@ class Source:
         self._send(Header())
         if machine.configuration is not None:
             self._send(machine.configuration)
-        if self._main.duplex:
+        if self._answered:
             self._send(OpenReturnPath(), Ping(1))
             if self._passes is not None:
                 self._send(*map(Ping, (ANNOUNCE, *Identity.own().numbers())))

@@ -40,11 +40,15 @@ class Status(StrEnum):
     FAILED = "failed"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
+    SENT = "sent"
+    """Not QEMU's: everything is sent, and nobody says whether it has arrived.  A QEMU that has no
+    return path says ``completed`` of that."""
 
 
 Table = Mapping[Status, frozenset[Status]]
 
 _SETUP: Final = frozenset({Status.SETUP})
+_DONE: Final = frozenset({Status.COMPLETED, Status.SENT})
 _BREAKS_OFF: Final = frozenset({Status.FAILED, Status.CANCELLING})
 
 # The postcopy statuses have no rows and stand in none: they are known by name, a QEMU may be asked
@@ -56,13 +60,14 @@ _BREAKS_OFF: Final = frozenset({Status.FAILED, Status.CANCELLING})
 SOURCE: Final[Table] = {
     Status.NONE: _SETUP,
     Status.SETUP: frozenset({Status.ACTIVE}) | _BREAKS_OFF,
-    Status.ACTIVE: frozenset({Status.COMPLETED, Status.PRE_SWITCHOVER}) | _BREAKS_OFF,
+    Status.ACTIVE: frozenset({Status.PRE_SWITCHOVER}) | _DONE | _BREAKS_OFF,
     Status.PRE_SWITCHOVER: frozenset({Status.DEVICE}) | _BREAKS_OFF,
-    Status.DEVICE: frozenset({Status.COMPLETED}) | _BREAKS_OFF,
+    Status.DEVICE: _DONE | _BREAKS_OFF,
     Status.CANCELLING: frozenset({Status.CANCELLED}),
     Status.COMPLETED: _SETUP,
     Status.FAILED: _SETUP,
     Status.CANCELLED: _SETUP,
+    Status.SENT: _SETUP,
 }
 """A source: ``pre-switchover`` and ``device`` only with ``pause-before-switchover``."""
 
@@ -76,7 +81,7 @@ DESTINATION: Final[Table] = {
 }
 """A destination: ``setup`` while it listens, ``active`` from the first connection on."""
 
-ENDS: Final = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+ENDS: Final = frozenset({Status.COMPLETED, Status.SENT, Status.FAILED, Status.CANCELLED})
 """Where a migration is over."""
 
 UNDER_WAY: Final = frozenset(Status) - ENDS - {Status.NONE}
