@@ -24,7 +24,7 @@ from .machine_sink import MachineSink
 from .parameters import Parameters
 from .progress import Meter, Progress
 from .statistics import Statistics, query_incoming
-from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack
+from .status import DESTINATION, SOURCE, UNDER_WAY, Status, StatusTrack
 
 Notify: TypeAlias = Callable[[str, dict[str, Any]], None]
 """Told the name and the data of each QMP event, by any thread."""
@@ -98,6 +98,13 @@ class Control:
                 return RunState.FINISH_MIGRATE
         return RunState.PAUSED
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it cannot be known which side has the machine, and an operator may decide."""
+        if self._destination is not None:
+            return self._progress.phase == "in-doubt"
+        return self._given_away and self._track.current == Status.FAILED
+
     def stop(self) -> None:
         """``stop``: let the machine stand still."""
         with self._lock:
@@ -112,7 +119,7 @@ class Control:
         who knows that it runs nowhere else.
         """
         with self._lock:
-            if self._destination is not None and self._progress.phase == "in-doubt":
+            if self._destination is not None and self.in_doubt:
                 return self._destination.decide(take=True)
             self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
             self._given_away = False
@@ -142,7 +149,7 @@ class Control:
                 track=track,
                 statistics=statistics,
             )
-            self._source, self._statistics = source, statistics
+            self._source, self._statistics, self._destination = source, statistics, None
             self._begin(track, lambda: self._run_source(source))
 
     def incoming(self, uri: str) -> str:
@@ -177,6 +184,11 @@ class Control:
             if source is not None and self._track.current in UNDER_WAY and source.cancel():
                 self._track.move(Status.CANCELLING)
 
+    def cancel_incoming(self) -> None:
+        """Wait for no machine any more, or drop the one that is in doubt."""
+        if self._destination is not None:
+            self._destination.cancel()
+
     def proceed(self, state: str) -> None:
         """``migrate-continue``: go on from *state*, which is ``pre-switchover``."""
         with self._lock:
@@ -194,10 +206,7 @@ class Control:
     def close(self) -> None:
         """Give up what is under way, and wait for its end."""
         self.cancel()
-        with self._lock:
-            destination = self._destination
-        if destination is not None and self._track.current not in ENDS:
-            destination.cancel()
+        self.cancel_incoming()
         self.wait()
 
     def query(self) -> dict[str, Any]:

@@ -77,8 +77,10 @@ class LiveSource:
             except BaseException:
                 self._take_back()
                 raise
-        released = self._source.handover.stage == Stage.RELEASED
-        return Status.COMPLETED if released else Status.SENT
+        if self._source.handover.stage == Stage.RELEASED:
+            return Status.COMPLETED
+        self._statistics.finished()
+        return Status.SENT
 
     def cancel(self) -> bool:
         """Give up, from any thread; the machine runs when this returns, unless it is too late."""

@@ -39,9 +39,14 @@ class MachineSink:
         self._behind = behind.register(self._run_state).name, Staging(behind)
         self._blocks: dict[str, tuple[MemoryBlock, npt.NDArray[np.uint8]]] = {}
         self._ignores_shared = False
+        self._configuration: tuple[Configuration | None, int] = None, 0
 
     def configuration(self, configuration: Configuration | None, page_size: int) -> None:
-        """Refuse what is another machine."""
+        """Take note of which machine it is; another one is refused when its source listens."""
+        self._configuration = configuration, page_size
+
+    def _check_configuration(self) -> None:
+        configuration, page_size = self._configuration
         machine = self._machine
         if configuration is None:
             raise StreamError(f"the name of the machine {printable(machine.name)}", "none")
@@ -58,7 +63,8 @@ class MachineSink:
         self._ignores_shared = bool(configuration.capabilities)
 
     def ram_blocks(self, blocks: RamBlocks) -> None:
-        """Refuse other memory than the machine has."""
+        """Refuse another machine, and other memory than this one has."""
+        self._check_configuration()
         wanted = {block.name: block for block in self._machine.memory.blocks}
         found = {block.name: block.length for block in blocks.blocks}
         for name, length in found.items():

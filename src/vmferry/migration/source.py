@@ -155,6 +155,7 @@ class Source:
                     self._conclude()
                 main.end_of_data()
             except BaseException as error:
+                self.handover.hear(Word.LOST)
                 refusal = None
                 if isinstance(error, TransportError) and self._answered and not self._cancelled:
                     refusal = verdict.refusal()

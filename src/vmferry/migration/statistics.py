@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 from .capabilities import Capability
 from .parameters import Parameters
@@ -17,6 +17,8 @@ from .progress import INTERVAL, Counters, Meter, Progress, Report
 from .status import UNDER_WAY, Status
 
 Info = dict[str, Any]
+
+_DONE: Final = frozenset({Status.COMPLETED, Status.SENT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ class Statistics(Meter):
         info: Info = {"status": str(status)}
         if status is Status.FAILED and error is not None:
             info["error-desc"] = error
-        if status is Status.SETUP or status not in UNDER_WAY | {Status.COMPLETED}:
+        if status is Status.SETUP or status not in UNDER_WAY | _DONE:
             return info
         parameters = parameters or Parameters()
         info |= self._times(status, parameters) | {"ram": self._ram()}
@@ -146,7 +148,7 @@ class Statistics(Meter):
             "total-time": _milliseconds(until - self._began),
             "setup-time": _milliseconds(setup),
         }
-        if status is Status.COMPLETED:
+        if status in _DONE:
             return times | {"downtime": _milliseconds(self.downtime)}
         # Until something is known it is what was asked for.
         expected = self._expected

@@ -1,0 +1,348 @@
+"""A running machine moves; whatever goes wrong it runs on exactly one side, or waits for a word."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from tests.migration.python_machine import PythonMachine
+from tests.migration.relay import Relay
+from tests.transports.support import wait_until
+from vmferry import UsageError
+from vmferry.migration.control import Control, RunState
+from vmferry.migration.status import Status
+from vmferry.migration.takeover import GO, READY
+from vmferry.vmstate import U8, device
+from vmferry.wire.commands import Ping
+from vmferry.wire.return_path import Pong, Shut
+
+LONG = 20.0
+"""Seconds for what takes milliseconds on a machine that has nothing else to do."""
+
+
+class Lab:
+    """Two sides, closed with everything else at the end of the test."""
+
+    def __init__(self, stack: ExitStack, path: Path) -> None:
+        self._stack = stack
+        self._path = path
+        self.events: list[tuple[str, str, object]] = []
+
+    def side(self, name: str, machine: PythonMachine) -> Control:
+        self._stack.enter_context(machine)
+        control = Control(
+            machine, notify=lambda event, data: self.events.append((name, event, data))
+        )
+        self._stack.callback(control.close)
+        control.set_parameters({"max-bandwidth": 0})
+        return control
+
+    def pair(self, *, uri: str = "unix", **machine: object) -> tuple[Control, Control, str]:
+        """A source that runs, a destination that listens, and where."""
+        there = PythonMachine(**machine)  # type: ignore[arg-type]
+        here = PythonMachine(**machine).fill()  # type: ignore[arg-type]
+        source, destination = self.side("source", here), self.side("destination", there)
+        here.resume()
+        return source, destination, destination.incoming(self.uri(uri))
+
+    def uri(self, kind: str = "unix", name: str = "socket") -> str:
+        return f"unix:{self._path}/{name}" if kind == "unix" else kind
+
+    def relay(self, target: str, **options: object) -> Relay:
+        relay = Relay(self.uri(name="relay"), target, **options)  # type: ignore[arg-type]
+        return self._stack.enter_context(relay)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    before = set(threading.enumerate())
+    with ExitStack() as stack:
+        yield Lab(stack, tmp_path)
+    wait_until(lambda: set(threading.enumerate()) <= before)
+
+
+def machine(control: Control) -> PythonMachine:
+    assert isinstance(control.machine, PythonMachine)
+    return control.machine
+
+
+def runs_on(control: Control) -> None:
+    """The machine of this side goes on, and all of it is right."""
+    assert control.machine.running
+    before = machine(control).steps
+    wait_until(lambda: machine(control).steps > before)
+    machine(control).pause()
+    machine(control).check()
+
+
+MULTIFD = [
+    {},
+    *(
+        {"multifd-channels": channels, "multifd-compression": method}
+        for channels in (1, 3)
+        for method in ("none", "zlib", "zstd")
+    ),
+]
+
+
+@pytest.mark.parametrize("uri", ["unix", "tcp:127.0.0.1:0"])
+@pytest.mark.parametrize("parameters", MULTIFD, ids=str)
+def test_running_machine_moves(lab: Lab, uri: str, parameters: dict[str, object]) -> None:
+    source, destination, address = lab.pair(uri=uri)
+    wait_until(lambda: machine(source).steps > 3)
+    source.set_capabilities({"events": True, "multifd": bool(parameters)})
+    source.set_parameters(parameters)
+    source.migrate(address)
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert source.run_state == RunState.POSTMIGRATE
+    before = machine(source).steps
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+    assert machine(destination).steps > before == machine(source).steps
+    answer = source.query()
+    assert answer["ram"]["remaining"] == 0
+    assert answer["ram"]["normal"] + answer["ram"]["duplicate"] >= 600
+    assert ("source", "MIGRATION", {"status": "completed"}) in lab.events
+    assert ("destination", "RESUME", {}) in lab.events
+
+
+def test_machine_that_stands_still_stays_so(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    source.stop()
+    source.migrate(address)
+    assert (source.wait(LONG), destination.wait(LONG)) == (Status.COMPLETED, Status.COMPLETED)
+    assert (source.run_state, destination.run_state) == (RunState.POSTMIGRATE, RunState.PAUSED)
+    destination.cont()
+    runs_on(destination)
+
+
+def test_there_and_back(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    for _ in range(3):
+        source.migrate(address)
+        assert source.wait(LONG) == Status.COMPLETED
+        assert destination.wait(LONG) == Status.COMPLETED
+        back = lab.side("back", PythonMachine())
+        source, destination = destination, back
+        address = back.incoming(lab.uri(name=f"back{id(back)}"))
+    runs_on(source)
+
+
+def test_without_a_return_path_it_is_sent(lab: Lab, tmp_path: Path) -> None:
+    source, destination, address = lab.pair()
+    source.set_capabilities({"return-path": False})
+    source.migrate(address)
+    assert source.wait(LONG) == Status.SENT
+    assert source.query()["status"] == "sent"
+    assert source.run_state == RunState.POSTMIGRATE
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_file_takes_a_running_machine_and_gives_it_back(lab: Lab, tmp_path: Path) -> None:
+    source, _, _ = lab.pair()
+    source.migrate(f"file:{tmp_path}/saved")
+    assert source.wait(LONG) == Status.SENT
+    later = lab.side("later", PythonMachine())
+    later.incoming(f"file:{tmp_path}/saved")
+    assert later.wait(LONG) == Status.COMPLETED, later.query()
+    runs_on(later)
+
+
+@device("other", version=1)
+class Other:
+    value: U8 = 0
+
+
+def more_devices() -> PythonMachine:
+    odd = PythonMachine()
+    odd.registry.register(Other())
+    return odd
+
+
+def more_memory() -> PythonMachine:
+    odd = PythonMachine()
+    odd.memory.add("more", 4096)
+    return odd
+
+
+REFUSALS: list[tuple[Callable[[], PythonMachine], str]] = [
+    (lambda: PythonMachine(name="python-2.0"), 'a machine \\"python-2.0\\"'),
+    (lambda: PythonMachine(pages=601), "expected 2461696 bytes, found 2457600"),
+    (more_memory, 'expected RAM block \\"more\\" as well'),
+    (more_devices, "nothing of \\"),
+]
+
+
+@pytest.mark.parametrize(("wanted", "reason"), REFUSALS, ids=lambda value: str(value)[:20])
+def test_other_machine_is_refused_and_both_sides_say_why(
+    lab: Lab, wanted: Callable[[], PythonMachine], reason: str
+) -> None:
+    source, _, _ = lab.pair()
+    destination = lab.side("odd", wanted())
+    source.migrate(destination.incoming(lab.uri(name="odd")))
+    assert (source.wait(LONG), destination.wait(LONG)) == (Status.FAILED, Status.FAILED)
+    said = source.query()["error-desc"]
+    assert "the destination refused the machine: " in said
+    assert reason in said
+    assert not destination.machine.running
+    with pytest.raises(UsageError, match="only a machine that has not run yet"):
+        destination.incoming(lab.uri(name="again"))
+    runs_on(source)
+
+
+def test_uuid_is_compared_where_that_is_asked_for(lab: Lab) -> None:
+    source = lab.side("source", PythonMachine(uuid=UUID(int=1)).fill())
+    destination = lab.side("destination", PythonMachine(uuid=UUID(int=2)))
+    source.machine.resume()
+    source.set_capabilities({"validate-uuid": True})
+    source.migrate(destination.incoming(lab.uri()))
+    assert source.wait(LONG) == Status.FAILED
+    assert "UUID" in source.query()["error-desc"]
+    runs_on(source)
+
+
+# Pausing, cancelling
+
+
+def test_pause_before_switchover_and_go_on(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    source.set_capabilities({"pause-before-switchover": True, "events": True})
+    source.migrate(address)
+    wait_until(lambda: source.query()["status"] == "pre-switchover")
+    assert source.run_state == RunState.FINISH_MIGRATE
+    assert not destination.machine.running
+    with pytest.raises(UsageError, match="its migration decides"):
+        source.cont()
+    source.proceed("pre-switchover")
+    assert source.wait(LONG) == Status.COMPLETED
+    statuses = [
+        data for side, event, data in lab.events if (side, event) == ("source", "MIGRATION")
+    ]
+    assert [status["status"] for status in statuses] == [  # type: ignore[index]
+        *("setup", "active", "pre-switchover", "device", "completed")
+    ]
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_cancelled_at_the_switchover_it_runs_on(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    source.set_capabilities({"pause-before-switchover": True})
+    source.migrate(address)
+    wait_until(lambda: source.query()["status"] == "pre-switchover")
+    source.cancel()
+    assert source.machine.running
+    assert source.wait(LONG) == Status.CANCELLED
+    assert destination.wait(LONG) == Status.FAILED
+    runs_on(source)
+
+
+def test_cancelled_while_memory_goes_it_runs_on_and_can_go_again(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    source.set_parameters({"max-bandwidth": 1 << 20})
+    source.migrate(address)
+    wait_until(lambda: source.query()["status"] == "active")
+    source.cancel()
+    assert source.machine.running
+    assert source.wait(LONG) == Status.CANCELLED
+    assert destination.wait(LONG) == Status.FAILED
+    another = lab.side("another", PythonMachine())
+    source.set_parameters({"max-bandwidth": 0})
+    source.migrate(another.incoming(lab.uri(name="another")))
+    assert source.wait(LONG) == Status.COMPLETED
+    assert another.wait(LONG) == Status.COMPLETED
+    runs_on(another)
+
+
+# Words that are lost
+
+READY_WORD = Pong(READY).encode()
+GO_WORD = Ping(GO).encode()
+SHUT_WORD = Shut(0).encode()
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_cut_as_the_destination_is_ready(lab: Lab, forward: bool) -> None:
+    """Whether the source hears of it or not, it has not said go when the connection breaks."""
+    source, destination, address = lab.pair()
+    relay = lab.relay(address, trigger=READY_WORD, forward=forward)
+    source.migrate(relay.address)
+    status = source.wait(LONG)
+    if status == Status.FAILED and source.machine.running:
+        assert not destination.machine.running
+        runs_on(source)
+        destination.cancel_incoming()
+        assert destination.wait(LONG) == Status.FAILED
+    else:  # it heard, and its go was on its way when the connection broke
+        assert source.run_state == RunState.POSTMIGRATE
+
+
+def test_go_that_is_lost_leaves_both_in_doubt_and_an_operator_decides(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    relay = lab.relay(address, trigger=GO_WORD)
+    source.migrate(relay.address)
+    assert source.wait(LONG) == Status.FAILED
+    assert source.run_state == RunState.POSTMIGRATE
+    assert "did not say that it runs it" in source.query()["error-desc"]
+    wait_until(lambda: destination.in_doubt)
+    assert not source.machine.running
+    assert not destination.machine.running
+    destination.cont()
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_go_that_is_lost_and_the_machine_goes_back(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    relay = lab.relay(address, trigger=GO_WORD)
+    source.migrate(relay.address)
+    assert source.wait(LONG) == Status.FAILED
+    wait_until(lambda: destination.in_doubt)
+    destination.cancel_incoming()
+    assert destination.wait(LONG) == Status.FAILED
+    source.cont()
+    runs_on(source)
+
+
+def test_last_word_that_is_lost_leaves_the_machine_at_the_destination(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    relay = lab.relay(address, trigger=SHUT_WORD)
+    source.migrate(relay.address)
+    assert source.wait(LONG) == Status.FAILED
+    assert source.run_state == RunState.POSTMIGRATE
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_cut_in_the_middle_leaves_it_at_the_source(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    relay = lab.relay(address)
+    source.set_parameters({"max-bandwidth": 1 << 20})
+    source.migrate(relay.address)
+    wait_until(lambda: source.query()["status"] == "active")
+    relay.cut()
+    assert (source.wait(LONG), destination.wait(LONG)) == (Status.FAILED, Status.FAILED)
+    runs_on(source)
+
+
+# Parameters that count while it goes
+
+
+def test_limit_on_bandwidth_changes_while_it_goes(lab: Lab) -> None:
+    source, destination, address = lab.pair(pages=4000)
+    source.set_parameters({"max-bandwidth": 1 << 20})
+    source.migrate(address)
+    began = time.monotonic()
+    wait_until(lambda: source.query()["status"] == "active")
+    source.set_parameters({"max-bandwidth": 0})
+    assert source.wait(LONG) == Status.COMPLETED
+    assert time.monotonic() - began < 10  # not the 11 s that 11 MiB would take
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
