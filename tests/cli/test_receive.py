@@ -101,6 +101,19 @@ def test_source_that_says_nothing_is_left_after_a_while(tmp_path: Path, saved: P
     assert not saved.exists()
 
 
+@pytest.mark.parametrize("size", [0, 3])
+def test_source_that_never_begins_is_left_after_a_while(
+    size: int, tmp_path: Path, saved: Path
+) -> None:
+    with Running("receive", f"unix:{tmp_path}/s", saved, "--timeout", "0.2") as command:
+        with connected(command.address()) as source:
+            source.sendall(STREAM[:size])
+            assert read_all(source) == b""
+        assert command.finish() == 4
+    assert_one_error(command, "200 ms")
+    assert not saved.exists()
+
+
 def test_source_hears_that_its_stream_is_bad(tmp_path: Path, saved: Path) -> None:
     with Running("receive", f"unix:{tmp_path}/s", saved, "--json") as command:
         with connected(command.address()) as source:

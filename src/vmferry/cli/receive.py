@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .signals import Work
 
 
+_FIRST = 30.0
+"""Seconds to wait for the first bytes of a connection, unless all waits are to be shorter."""
+
+
 class Accepted(StrEnum):
     """What is refused unless it is asked for."""
 
@@ -78,7 +82,7 @@ def command(
             max_ram=max_ram,
             page_size=page_size,
             tolerate=_tolerated(accept or []),
-            deadlines=Deadlines(idle=timeout or None),
+            deadlines=Deadlines(first=min(timeout, _FIRST) or None, idle=timeout or None),
             started=started,
         )
 
