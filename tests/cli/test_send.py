@@ -22,7 +22,9 @@ from tests.cli.command import (
     vmferry,
 )
 from tests.cli.test_receive import FAILED, LOADED, STREAM
+from tests.migration.script import PAGE_SIZE, devices, end, head, page, part, start
 from vmferry.units import format_size
+from vmferry.wire.ram import RamBlock, RamBlocks
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,21 @@ def test_destination_that_behaves_badly_is_one_line(
     assert command.err[0].startswith("vmferry: ")
     assert message in command.err[0]
     package.Checkpoint(saved, verify=True).close()
+
+
+def test_destination_that_reads_nothing_is_left_after_a_while(tmp_path: Path) -> None:
+    memory = RamBlock("pc.ram", 4 << 20)  # more than a socket holds
+    pages = [page(number, 1, memory) for number in range(memory.length // PAGE_SIZE)]
+    parts = head(), start(blocks=RamBlocks((memory,))), part(*pages), end(), devices()
+    (tmp_path / "stream").write_bytes(b"".join(parts))
+    package.receive(f"file:{tmp_path}/stream", tmp_path / "saved").close()
+    arguments = ["send", tmp_path / "saved", f"unix:{tmp_path}/s", "--timeout", "0.3", "--quiet"]
+    with listening(tmp_path / "s") as listener, Running(*arguments) as command:
+        connection, _ = listener.accept()
+        with connection:
+            assert command.finish() == 4
+    assert len(command.err) == 1
+    assert "waited 300 ms for the other side to read on" in command.err[0]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,8 @@ def command(
         typer.Option(
             min=0,
             metavar="SECONDS",
-            help="How long the destination may take to load the machine; 0 for ever.",
+            help="How long the destination may read nothing, or take to load the machine; "
+            "0 for ever.",
         ),
     ] = 60.0,
     verify: Annotated[
@@ -77,6 +78,7 @@ def command(
         multifd=multifd,
         method=Method[compress.name] if compress else Method.NONE,
         bandwidth=bandwidth,
+        idle=timeout or None,
         answer=timeout or None,
     )
 
