@@ -173,7 +173,7 @@ def test_empty_directory_is_used_and_stays_after_a_failure(stream: Path, saved: 
     [
         ("tcp:127.0.0.1:{port}", 4, "Address already in use"),
         ("unix:{path}/no/such/s", 4, "No such file or directory"),
-        ("file:{path}/none", 4, "No such file or directory"),
+        ("file:{path}/none", 5, "No such file or directory"),
         ("exec:exit 3", 4, "3"),
         ("fd:77", 4, "Bad file descriptor"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.transports.support import accepted, receive
-from vmferry.errors import StorageError, TransportError, UsageError
+from vmferry.errors import StorageError, UsageError
 from vmferry.transports import connect, listen
 
 
@@ -52,10 +52,10 @@ def test_reading_starts_at_the_offset(tmp_path: Path) -> None:
     assert read(f"file:{tmp_path}/f,offset=1G") == b""
 
 
-def test_missing_file_is_a_transport_error(tmp_path: Path) -> None:
-    with pytest.raises(TransportError, match=r'/f": opening failed: No such file'):
+def test_file_that_cannot_be_opened_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r'/f": cannot be opened: No such file or directory$'):
         listen(f"file:{tmp_path}/f")
-    with pytest.raises(TransportError, match="No such file or directory; check the path"):
+    with pytest.raises(StorageError, match=r'/no/f": cannot be opened: No such file'):
         connect(f"file:{tmp_path}/no/f")
 
 
@@ -80,8 +80,8 @@ def test_directory_and_named_pipe_are_usage_errors(tmp_path: Path) -> None:
         listen(f"file:{tmp_path}/fifo")
 
 
-def test_writing_to_a_directory_is_a_transport_error(tmp_path: Path) -> None:
-    with pytest.raises(TransportError, match="Is a directory"):
+def test_writing_to_a_directory_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="Is a directory"):
         connect(f"file:{tmp_path}")
 
 

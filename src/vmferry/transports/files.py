@@ -11,9 +11,8 @@ import contextlib
 import os
 import stat
 
-from vmferry.errors import UsageError, printable
+from vmferry.errors import StorageError, UsageError, printable
 
-from .failures import failure
 from .pipes import DescriptorChannel
 from .uri import FileAddress
 
@@ -51,6 +50,7 @@ def open_file(address: FileAddress, uri: str, *, receives: bool) -> FileChannel:
                 os.lseek(descriptor, address.offset, os.SEEK_SET)
             channel = FileChannel(descriptor, uri, receives=receives)
         except OSError as error:
-            raise failure(uri, "opening", error) from error
+            text = f"{printable(uri)}: cannot be opened: {error.strerror}"
+            raise StorageError(text) from error
         undo.pop_all()
         return channel
