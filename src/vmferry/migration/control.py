@@ -171,6 +171,7 @@ class Control:
                 ),
                 max_ram=self.machine.memory.total,
                 taken=lambda: self._taken(sink),
+                loader=sink,
             )
             track = StatusTrack(DESTINATION, self._status_changed)
             self._destination = destination

@@ -40,19 +40,21 @@ from vmferry.wire.configuration import Configuration
 from vmferry.wire.description import VmDescription
 from vmferry.wire.devices import DeviceRegion, DeviceSection
 from vmferry.wire.disk import DiskChunk
+from vmferry.wire.framed import Frame
 from vmferry.wire.machine import machine_version
 from vmferry.wire.multifd import Method
 from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush, RamPages
 from vmferry.wire.reader import StreamReader, Tolerate
 from vmferry.wire.return_path import Pong, SwitchoverAck
 from vmferry.wire.sections import Header, SectionEnd, SectionPart, SectionStart
+from vmferry.wire.split import DecodedDevices
 
 from .answers import Answers
 from .claims import PageClaims
 from .connections import Connections, Deadlines
 from .identity import NUMBERS, Identity
 from .progress import Meter
-from .sink import Sink
+from .sink import Loader, Sink
 from .takeover import ANNOUNCE, READY, Takeover
 
 _SILENCE: Final = 1.0
@@ -71,7 +73,8 @@ class Destination:
     that means well never sends it.  *switchover_ack* says whether to acknowledge the switchover,
     which a source with ``switchover-ack`` waits for and one before QEMU 8.1 refuses to hear
     (default: by the version of the machine type).  *taken* is called as soon as the machine is this
-    side's, before the connections are closed.
+    side's, before the connections are closed.  *loader* knows the machine's devices and takes them;
+    without one the stream's own description tells them apart, and the sink keeps them.
     """
 
     def __init__(
@@ -86,12 +89,20 @@ class Destination:
         tolerate: Tolerate = Tolerate.NOTHING,
         switchover_ack: bool | None = None,
         taken: Callable[[], None] | None = None,
+        loader: Loader | None = None,
     ) -> None:
         self._sink = sink
         self._taken = taken or (lambda: None)
         self._meter = meter or Meter()
         self._deadlines = deadlines or Deadlines()
-        self._reader = StreamReader(max_ram=max_ram, page_size=page_size, tolerate=tolerate)
+        self._loader = loader
+        self._reader = StreamReader(
+            max_ram=max_ram,
+            page_size=page_size,
+            tolerate=tolerate,
+            framed=loader is not None,
+            decode=loader.decode if loader is not None else None,
+        )
         self._answers = Answers(self._deadlines.idle)
         self._connections = Connections(
             listener, self._deadlines, self._store, self._refuse, self._moved
@@ -104,6 +115,8 @@ class Destination:
         self._flushes = False
         self._has_machine = False
         self._iterating = False
+        self._heads: dict[int, SectionStart] = {}
+        self._current = 0
         self._block_order: dict[str, int] = {}
         self._last_page = (-1, 0)
 
@@ -269,6 +282,11 @@ class Destination:
                 self._section(event)
             case RamFlush() | RamEnd():
                 self._synchronise(is_flush=isinstance(event, RamFlush))
+            case _:
+                self._keep(event)
+
+    def _keep(self, event: Any) -> None:
+        match event:
             case DiskChunk():
                 self._features.add("block")
                 self._sink.disk_chunk(event)
@@ -279,6 +297,8 @@ class Destination:
                 self._sink.device(event, early=not self._iterating)
             case VmDescription():
                 self._sink.description(event)
+            case Frame() | DecodedDevices() if self._loader is not None:
+                self._load(self._loader, event)
 
     def _section(self, event: SectionStart | SectionPart | SectionEnd) -> None:
         if event.name in _NOT_KEPT:
@@ -286,7 +306,16 @@ class Destination:
                 f"the machine has a section {event.name}, which cannot be kept yet;"
                 " inspect reads it from a stream file (in QEMU: migrate exec:cat>FILE)"
             )
+        self._current = event.number
+        if isinstance(event, SectionStart):
+            self._heads[event.number] = event
         self._iterating = not isinstance(event, SectionStart)
+
+    def _load(self, loader: Loader, event: Frame | DecodedDevices) -> None:
+        if isinstance(event, Frame):
+            loader.piece(self._heads[self._current], event)
+        else:
+            loader.devices(event)
 
     # Guest memory
 

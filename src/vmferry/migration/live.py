@@ -45,8 +45,6 @@ class LiveSource:
         statistics: Statistics,
     ) -> None:
         machine.registry.check_migratable()
-        if machine.registry.handlers:
-            raise UsageError("a machine with iterative handlers cannot be moved while it runs yet")
         self._machine = machine
         self._parameters = parameters
         self._pauses = Capability.PAUSE_BEFORE_SWITCHOVER in capabilities
@@ -54,7 +52,15 @@ class LiveSource:
         self._track = track
         self._statistics = statistics
         self._outgoing = MachineSource(machine, capabilities)
-        self._precopy = Precopy(self._begin, self._another, self._stop, statistics)
+        self._cleanup = ExitStack()
+        self._precopy = Precopy(
+            machine.registry.handlers,
+            self._start,
+            self._another,
+            self._stop,
+            statistics,
+            self._cleanup,
+        )
         self._source = Source(
             self._outgoing,
             connect,
@@ -63,7 +69,6 @@ class LiveSource:
             passes=self._precopy,
         )
         self._proceed = threading.Event()
-        self._cleanup = ExitStack()
         self.has_stopped = False
 
     def run(self) -> Status:
@@ -122,12 +127,12 @@ class LiveSource:
 
     # What the memory passes ask for
 
-    def _begin(self) -> list[DirtyBlock]:
+    def _start(self) -> list[DirtyBlock]:
         log = self._machine.dirty_log()
         self._cleanup.callback(log.stop)
         log.start()
         self._track.move(Status.ACTIVE)
-        blocks = self._machine.memory.blocks
+        blocks = self._blocks = self._machine.memory.blocks
         return [
             DirtyBlock(block, log)
             for block in blocks
@@ -142,6 +147,8 @@ class LiveSource:
         self._statistics.stopped()
         self._machine.pause()
         reach("stopped")
+        if self._machine.memory.blocks != self._blocks:
+            raise UsageError("memory was added to the machine while it was being moved: try again")
         if self._source.handover.hear(Word.STOP) is None:
             raise ChannelClosed("the migration was cancelled on this side")
         # The limit is for the time when the machine runs.

@@ -31,8 +31,8 @@ from vmferry.wire.sections import (
 from vmferry.wire.split import read_head
 
 from .handlers import PieceReader
-from .registry import Device, Handler, Registry, Section
-from .saving import Machine, within
+from .registry import Device, Handler, Registry, Section, within
+from .saving import Machine
 
 S = TypeVar("S", bound=Section)
 
@@ -73,7 +73,7 @@ class _Region:
 
 
 class Staging:
-    """What a stream has for the sections of a registry, decoded before anything is changed.
+    """What a stream has for the sections of registries, decoded before anything is changed.
 
     Events of the stream are given to :meth:`start` and :meth:`take` in their order; :meth:`finish`
     says whether all of it fits, and :meth:`commit` assigns it.  All raise :class:`StreamError`,
@@ -81,13 +81,13 @@ class Staging:
     the stream's description to tell devices apart, which takes most of the time otherwise.
     """
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, *registries: Registry) -> None:
+        self._registries = registries
         self._seen: set[Section] = set()
         self._parts: list[_Region | DecodedDevices] = []
         self._staged: list[tuple[Device, Staged]] = []
 
-    def start(self, head: SectionStart, offset: int) -> Handler:
+    def start(self, head: SectionStart, offset: int | None) -> Handler:
         """The handler of an iterative section that begins at *offset*."""
         section = self._find(head, offset, Handler)
         self._note(section, offset)
@@ -135,7 +135,8 @@ class Staging:
                 self._staged += self._decode(part)
         lacking = [
             str(section)
-            for section in (*self._registry.handlers, *self._registry.devices)
+            for registry in self._registries
+            for section in (*registry.handlers, *registry.devices)
             if section not in self._seen and section.name not in may_lack
         ]
         if lacking:
@@ -179,11 +180,13 @@ class Staging:
             at += len(footer)
             yield device, state
 
-    def _find(self, head: SectionStart, offset: int, kind: type[S]) -> S:
+    def _find(self, head: SectionStart, offset: int | None, kind: type[S]) -> S:
         """What the machine has of *kind* under the section's name."""
-        section = self._registry.find(head.name, head.instance)
+        found = (registry.find(head.name, head.instance) for registry in self._registries)
+        section = next((one for one in found if one is not None), None)
         if section is None:
-            instances = ", ".join(map(str, self._registry.instances(head.name)))
+            numbers = [n for registry in self._registries for n in registry.instances(head.name)]
+            instances = ", ".join(map(str, numbers))
             raise StreamError(
                 "a section that this machine has",
                 f"{printable(head.name)} instance {head.instance}",
@@ -200,7 +203,7 @@ class Staging:
             )
         return section
 
-    def _note(self, section: Section, offset: int) -> None:
+    def _note(self, section: Section, offset: int | None) -> None:
         """Take note that the stream has the section; each only once."""
         if section in self._seen:
             raise StreamError(f"{section} once", "it again", section=section.name, offset=offset)
@@ -270,20 +273,21 @@ def _load_handlers(handlers: dict[int, Handler], events: Events) -> None:
                 number = event.number
                 left.discard(number)
             case Frame():
-                section = handlers[number]
-                piece = PieceReader(event.data)
-                with _partly(), within(section, end - len(event.encode())):
-                    run_hook("load", section.handler.load, piece, versions[number])
-                    if len(piece):
-                        raise StateError(
-                            f"{section} to take all {len(event.data)} bytes of a piece",
-                            f"{len(piece)} left",
-                        )
-                if not left:
-                    break
+                load_piece(handlers[number], event, versions[number], end - len(event.encode()))
 
 
-def _check_version(section: Section, version: int, offset: int) -> None:
+def load_piece(section: Handler, frame: Frame, version: int, offset: int | None = None) -> None:
+    """Give a piece to its handler; the machine is changed, also where that fails."""
+    piece = PieceReader(frame.data)
+    with _partly(), within(section, offset):
+        run_hook("load", section.handler.load, piece, version)
+        if len(piece):
+            raise StateError(
+                f"{section} to take all {len(frame.data)} bytes of a piece", f"{len(piece)} left"
+            )
+
+
+def _check_version(section: Section, version: int, offset: int | None) -> None:
     if version > section.version:
         with within(section, offset):
             raise StateError(f"version {section.version} of {section}, or an older", str(version))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +17,15 @@ from vmferry.wire.configuration import Configuration
 from vmferry.wire.description import VmDescription
 from vmferry.wire.devices import DeviceRegion, DeviceSection
 from vmferry.wire.disk import DiskChunk
+from vmferry.wire.framed import Frame
 from vmferry.wire.layout import IGNORE_SHARED
 from vmferry.wire.ram import RamBlocks, RamPages
+from vmferry.wire.sections import SectionStart
+from vmferry.wire.split import DecodedDevices
 
-from .loading import Staging
+from .loading import Staging, load_piece
 from .machine import LiveMachine
-from .registry import Registry
+from .registry import Handler, Registry
 from .run_state import RunState
 
 
@@ -33,11 +37,12 @@ class MachineSink:
 
     def __init__(self, machine: LiveMachine) -> None:
         self._machine = machine
-        self._staging = Staging(machine.registry)
         self._run_state = RunState.of(running=True)
         behind = Registry()
-        self._behind = behind.register(self._run_state).name, Staging(behind)
+        behind.register(self._run_state)
+        self._staging = Staging(machine.registry, behind)
         self._blocks: dict[str, tuple[MemoryBlock, npt.NDArray[np.uint8]]] = {}
+        self._handlers: dict[int, Handler] = {}
         self._ignores_shared = False
         self._configuration: tuple[Configuration | None, int] = None, 0
 
@@ -104,21 +109,35 @@ class MachineSink:
         """Refuse it."""
         raise StreamError("no dirty bitmap in the stream of this machine", printable(record.node))
 
-    def device(self, section: DeviceSection | DeviceRegion, *, early: bool) -> None:  # noqa: ARG002
-        """Take note of a device's state."""
-        name, behind = self._behind
-        (behind if section.name == name else self._staging).take(section)
+    framed = True
+
+    def piece(self, head: SectionStart, frame: Frame) -> None:
+        """Give a piece to its handler."""
+        handler = self._handlers.get(head.number)
+        if handler is None:
+            handler = self._handlers[head.number] = self._staging.start(head, None)
+        load_piece(handler, frame, head.version)
+
+    def decode(self, head: SectionStart, data: memoryview, offset: int) -> tuple[int, Any]:
+        """Decode the state of a device."""
+        return self._staging.decode(head, data, offset)
+
+    def devices(self, decoded: DecodedDevices) -> None:
+        """Take note of what was decoded."""
+        self._staging.take(decoded)
+
+    def device(self, section: DeviceSection | DeviceRegion, *, early: bool) -> None:
+        """Refuse what stands before guest memory."""
+        where = "before guest memory" if early else "of unknown layout"
+        raise StreamError("devices behind guest memory", f"one {where}", section=section.name)
 
     def description(self, description: VmDescription) -> None:
         """Nothing: what the devices are made of is declared."""
 
     def commit(self, features: frozenset[str], *, footers: bool) -> None:  # noqa: ARG002
-        """Decode all devices, and then load them."""
-        _, behind = self._behind
-        for staging in (self._staging, behind):
-            staging.finish()
-        for staging in (behind, self._staging):
-            staging.commit()
+        """Load all devices."""
+        self._staging.finish()
+        self._staging.commit()
 
     @property
     def runs(self) -> bool:

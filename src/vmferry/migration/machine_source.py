@@ -14,6 +14,7 @@ from vmferry.wire.ram import RamBlock
 from .capabilities import Capability
 from .machine import LiveMachine
 from .outgoing import PageStore
+from .pieces import Pieces
 from .registry import Registry
 from .run_state import RunState
 from .saving import closing_description, device_sections
@@ -51,16 +52,18 @@ class MachineSource:
 
     @property
     def numbers(self) -> frozenset[int]:
-        """Section numbers of the devices, and of the run state behind them."""
-        return frozenset(range(len(self._machine.registry.devices) + 1))
+        """Section numbers of handlers, devices, and the run state behind them."""
+        registry = self._machine.registry
+        return frozenset(range(len(registry.handlers) + len(registry.devices) + 1))
 
     @cached_property
     def _saved(self) -> list[tuple[bytes, str]]:
         registry = self._machine.registry
         behind = Registry()
         behind.register(RunState.of(running=self.was_running))
-        count = len(registry.devices)
-        return [*device_sections(registry, 0), *device_sections(behind, count)]
+        first = len(registry.handlers)
+        last = first + len(registry.devices)
+        return [*device_sections(registry, first), *device_sections(behind, last)]
 
     @property
     def devices(self) -> list[bytes]:
@@ -70,4 +73,6 @@ class MachineSource:
     @cached_property
     def description(self) -> bytes:
         """The closing description."""
-        return closing_description(PAGE_SIZE, [text for _, text in self._saved])[5:]
+        pieces = Pieces(self._machine.registry.handlers, 0, lambda _: None)
+        texts = [*pieces.descriptions, *(text for _, text in self._saved)]
+        return closing_description(PAGE_SIZE, texts)[5:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -19,11 +19,17 @@ class Passes(Protocol):
     goes over the main channel.  A batch is right until the next one is asked for.
     """
 
+    def begin(self, write: Callable[[bytes], object]) -> None:
+        """All channels are there, and the sections begin; *write* takes whole sections."""
+
     def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
         """One section after the other, while the machine may still run."""
 
     def rest(self, pages: PageSender | None) -> Iterator[Batch]:
         """The last section: the machine does not run any more."""
+
+    def end(self) -> None:
+        """The last of guest memory is sent: write the last of the other sections."""
 
     def done(self) -> None:
         """The destination has the machine."""
@@ -36,6 +42,12 @@ class OnePass:
         self._machine = machine
         self._meter = meter
         self._batches = cleanup.enter_context(BatchWriter(machine.page_size))
+
+    def begin(self, write: Callable[[bytes], object]) -> None:
+        """Nothing: there are no other sections."""
+
+    def end(self) -> None:
+        """Nothing."""
 
     def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
         """Everything in one section."""

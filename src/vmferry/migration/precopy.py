@@ -7,7 +7,8 @@ round, or by the last one, when the machine has been stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -23,6 +24,8 @@ from vmferry.wire.ram import RamBlock
 
 from .batches import Batch
 from .page_sender import PageSender
+from .pieces import Pieces
+from .registry import Handler
 from .statistics import Statistics
 
 Numbers = npt.NDArray[np.uint64]
@@ -79,38 +82,53 @@ class DirtyBlock:
 
 
 class Precopy:
-    """Sends the memory of a machine; the ``Passes`` of a source.
+    """Sends the memory of a machine, and what its *handlers* have; the ``Passes`` of a source.
 
-    *begin* starts the log and returns the blocks.  *another* is asked after each round, with the
+    *start* starts the log and returns the blocks.  *another* is asked after each round, with the
     bytes that are to be sent now, whether to send them while the machine runs.  *stop* is called
     once, and has stopped the machine when it returns.
     """
 
     def __init__(
         self,
-        begin: Callable[[], list[DirtyBlock]],
+        handlers: Sequence[Handler],
+        start: Callable[[], list[DirtyBlock]],
         another: Callable[[int], bool],
         stop: Callable[[], None],
         statistics: Statistics,
+        cleanup: ExitStack,
     ) -> None:
-        self._begin = begin
+        self._handlers = handlers
+        self._start = start
         self._another = another
         self._stop = stop
         self._statistics = statistics
+        self._cleanup = cleanup
+        self._pieces = Pieces((), 0, lambda _: None)
         self._blocks: list[DirtyBlock] = []
         self._room = bytearray(_ROOM)
         self._last_block: DirtyBlock | None = None
 
+    def begin(self, write: Callable[[bytes], object]) -> None:
+        """Begin the sections of the machine's own handlers."""
+        self._pieces = Pieces(self._handlers, 0, write)
+        self._pieces.setup(self._cleanup)
+
+    def end(self) -> None:
+        """Write what is left of them."""
+        self._pieces.complete()
+
     def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
         """A section for each round."""
-        self._blocks = self._begin()
+        self._blocks = self._start()
         for block in self._blocks:
             block.add_all()
         self._statistics.synced(sum(block.memory.size for block in self._blocks))
         going_on = True
         while going_on:
             yield self._round(pages)
-            going_on = self._another(self._collect())
+            self._pieces.iterate()
+            going_on = self._another(self._collect() + self._pieces.pending())
 
     def rest(self, pages: PageSender | None) -> Iterator[Batch]:
         """Stop the machine, and send what it wrote last."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from vmferry.errors import UsageError, printable
+from vmferry.errors import StreamError, UsageError, printable
 from vmferry.vmstate import vmstate_of
 from vmferry.vmstate.plan import Registration
 from vmferry.wire import limits
@@ -218,3 +218,13 @@ class Registry:
         while (name, number) in self._names:
             number += 1
         return number
+
+
+@contextmanager
+def within(section: Section, offset: int | None = None) -> Iterator[None]:
+    """Say of errors in which section they came up."""
+    try:
+        yield
+    except StreamError as error:
+        error.within(section=section.name, offset=offset)
+        raise

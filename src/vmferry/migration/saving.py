@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Final, Protocol
 
-from vmferry.errors import LimitExceeded, StateError, StreamError, UsageError, printable
-from vmferry.vmstate.staging import run_hook
+from vmferry.errors import LimitExceeded, StreamError, UsageError, printable
 from vmferry.vmstate.transfer import save_described
 from vmferry.wire import limits
 from vmferry.wire.configuration import Configuration
 from vmferry.wire.description import UnreadDescription, parse_description
-from vmferry.wire.framed import Frame, frame_description
 from vmferry.wire.layout import Kind
 from vmferry.wire.machine import target_page_size
 from vmferry.wire.sections import (
     EndOfStream,
     Header,
-    SectionEnd,
     SectionFooter,
-    SectionPart,
     SectionStart,
 )
 
-from .handlers import PieceWriter
-from .registry import Handler, Registry, Section
+from .pieces import Pieces
+from .registry import Registry, Section
 
 
 class Machine(Protocol):
@@ -95,7 +91,6 @@ class _Saving:
     def __init__(self, machine: Machine, write: Write) -> None:
         self._machine = machine
         self._write = write
-        self._descriptions: list[str] = []
 
     def run(self) -> None:
         name = self._machine.name
@@ -107,53 +102,17 @@ class _Saving:
         configuration = Configuration(name)
         self._write(Header().encode())
         self._write(configuration.encode())
-        with ExitStack() as stack:
-            numbers = self._save_handlers(stack)
-            for section, description in device_sections(self._machine.registry, numbers):
+        registry = self._machine.registry
+        pieces = Pieces(registry.handlers, 0, self._write)
+        descriptions = pieces.descriptions
+        with ExitStack() as cleanup:
+            pieces.setup(cleanup)
+            pieces.complete()
+            for section, description in device_sections(registry, len(pieces)):
                 self._write(section)
-                self._descriptions.append(description)
+                descriptions.append(description)
             self._write(EndOfStream().encode())
-            page_size = target_page_size(configuration)
-            self._write(closing_description(page_size, self._descriptions))
-
-    # Handlers
-
-    def _save_handlers(self, stack: ExitStack) -> int:
-        """Write all of the iterable sections; how many there are."""
-        handlers = list(enumerate(self._machine.registry.handlers))
-        for number, section in handlers:
-            head = SectionStart(number, section.name, section.instance, section.version)
-            stack.callback(section.handler.cleanup)
-            self._piece(head, section, section.handler.setup)
-            self._descriptions.append(_describe_handler(section))
-        for number, section in handlers:
-            part = SectionPart(number, section.name)
-            while section.handler.pending() > 0:
-                if not self._piece(part, section, section.handler.iterate):
-                    raise StateError("some of what is pending", "a piece without a byte").within(
-                        section=section.name
-                    )
-        for number, section in handlers:
-            self._piece(SectionEnd(number, section.name), section, section.handler.complete)
-        return len(handlers)
-
-    def _piece(self, head: _Head, section: Handler, write: Callable[[PieceWriter], None]) -> int:
-        """Write one piece; how many bytes of it are the handler's."""
-        piece = PieceWriter(section.handler.chunk)
-        with within(section):
-            run_hook(write.__name__, write, piece)
-        data = piece.written()
-        self._write(head.encode())
-        self._write(Frame(piece.chunk, data).encode())
-        self._write(SectionFooter(head.number).encode())
-        return len(data)
-
-
-class _Head(Protocol):
-    @property
-    def number(self) -> int: ...
-
-    def encode(self) -> bytes: ...
+            self._write(closing_description(target_page_size(configuration), descriptions))
 
 
 def _check_size(what: str, size: int, limit: int) -> None:
@@ -163,19 +122,3 @@ def _check_size(what: str, size: int, limit: int) -> None:
 
 def _identity(section: Section) -> str:
     return f'"name": {json.dumps(section.name)}, "instance_id": {section.instance}'
-
-
-def _describe_handler(section: Handler) -> str:
-    fields = frame_description(section.handler.chunk)
-    state = {"vmsd_name": section.name, "version": section.version, "fields": fields}
-    return f"{{{_identity(section)}, {json.dumps(state)[1:]}"
-
-
-@contextmanager
-def within(section: Section, offset: int | None = None) -> Iterator[None]:
-    """Say of errors in which section they came up."""
-    try:
-        yield
-    except StreamError as error:
-        error.within(section=section.name, offset=offset)
-        raise

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from vmferry.wire.bitmap import BitmapRecord
 from vmferry.wire.configuration import Configuration
 from vmferry.wire.description import VmDescription
 from vmferry.wire.devices import DeviceRegion, DeviceSection
 from vmferry.wire.disk import DiskChunk
+from vmferry.wire.framed import Frame
 from vmferry.wire.ram import RamBlocks, RamPages
+from vmferry.wire.sections import SectionStart
+from vmferry.wire.split import DecodedDevices
 
 
 class Sink(Protocol):
@@ -50,3 +53,16 @@ class Sink(Protocol):
         *features* are the source's capabilities as far as the stream showed them, under QEMU's
         names; *footers* whether sections end with one.
         """
+
+
+class Loader(Protocol):
+    """Who knows a machine's devices and iterative handlers by what they declare."""
+
+    def decode(self, head: SectionStart, data: memoryview, offset: int) -> tuple[int, Any]:
+        """Decode the state of a device; see :data:`vmferry.wire.split.Decode`."""
+
+    def devices(self, decoded: DecodedDevices) -> None:
+        """What :meth:`decode` made of the device sections, in their order."""
+
+    def piece(self, head: SectionStart, frame: Frame) -> None:
+        """A piece of the iterable section that *head* began."""

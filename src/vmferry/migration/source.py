@@ -155,10 +155,10 @@ class Source:
                     self._conclude()
                 main.end_of_data()
             except BaseException as error:
-                self.handover.hear(Word.LOST)
                 refusal = None
                 if isinstance(error, TransportError) and self._answered and not self._cancelled:
                     refusal = verdict.refusal()
+                self.handover.hear(Word.LOST)
                 # No thread shall wait for a channel that nobody reads any more.
                 for channel in self._channels:
                     channel.shutdown()
@@ -248,6 +248,7 @@ class Source:
         if self._options.multifd:
             self._pages = self._open_pages(cleanup)
         self._send_starts()
+        passes.begin(lambda section: self._send_bytes([section]))
         self._send_bytes(machine.early)
         self._send_disks()
         self._send_ram(passes)
@@ -308,6 +309,7 @@ class Source:
             self._ram_section(SectionPart(self._ram, RAM_SECTION), part)
             reach("round-sent")
         self._ram_section(SectionEnd(self._ram, RAM_SECTION), passes.rest(self._pages))
+        passes.end()
 
     def _send_ends(self) -> None:
         if self._has_bitmaps:

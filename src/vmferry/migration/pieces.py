@@ -1,0 +1,94 @@
+"""Iterative handlers while a stream is written: their pieces, and what describes them.
+
+QEMU 7.2 ``migration/savevm.c`` (``qemu_savevm_state_setup`` to ``_complete_precopy``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from vmferry.errors import StateError
+from vmferry.vmstate.staging import run_hook
+from vmferry.wire.framed import Frame, frame_description
+from vmferry.wire.sections import SectionEnd, SectionFooter, SectionPart, SectionStart
+
+from .handlers import PieceWriter
+from .registry import Handler, within
+
+
+class Pieces:
+    """The sections of *handlers*, numbered from *first* on; *write* takes their bytes.
+
+    Raises :class:`StateError` where a handler does not keep its promises.
+    """
+
+    def __init__(
+        self, handlers: Sequence[Handler], first: int, write: Callable[[bytes], object]
+    ) -> None:
+        self._handlers = list(enumerate(handlers, first))
+        self._write = write
+
+    def __len__(self) -> int:
+        return len(self._handlers)
+
+    @property
+    def descriptions(self) -> list[str]:
+        """What describes each handler's section in the closing description."""
+        return [_describe(section) for _, section in self._handlers]
+
+    def setup(self, cleanup: ExitStack) -> None:
+        """Begin every section; *cleanup* is told how to end what that took."""
+        for number, section in self._handlers:
+            head = SectionStart(number, section.name, section.instance, section.version)
+            cleanup.callback(section.handler.cleanup)
+            self._piece(head.encode(), number, section, section.handler.setup)
+
+    def pending(self) -> int:
+        """Bytes that are still to be written, roughly."""
+        return sum(section.handler.pending() for _, section in self._handlers)
+
+    def iterate(self) -> None:
+        """Write what is pending now; what becomes so meanwhile is left for the next call."""
+        for number, section in self._handlers:
+            head = SectionPart(number, section.name).encode()
+            left = section.handler.pending()
+            while left > 0 and section.handler.pending() > 0:
+                written = self._piece(head, number, section, section.handler.iterate)
+                if not written:
+                    raise StateError("some of what is pending", "a piece without a byte").within(
+                        section=section.name
+                    )
+                left -= written
+
+    def complete(self) -> None:
+        """Write the rest: nothing changes any more."""
+        while self.pending() > 0:
+            self.iterate()
+        for number, section in self._handlers:
+            head = SectionEnd(number, section.name).encode()
+            self._piece(head, number, section, section.handler.complete)
+
+    def _piece(
+        self, head: bytes, number: int, section: Handler, write: Callable[[PieceWriter], None]
+    ) -> int:
+        """Write one piece; how many bytes of it are the handler's."""
+        piece = PieceWriter(section.handler.chunk)
+        with within(section):
+            run_hook(write.__name__, write, piece)
+        data = piece.written()
+        self._write(head + Frame(piece.chunk, data).encode() + SectionFooter(number).encode())
+        return len(data)
+
+
+def _describe(section: Handler) -> str:
+    fields = frame_description(section.handler.chunk)
+    state = {
+        "name": section.name,
+        "instance_id": section.instance,
+        "vmsd_name": section.name,
+        "version": section.version,
+        "fields": fields,
+    }
+    return json.dumps(state)
