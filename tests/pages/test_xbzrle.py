@@ -42,12 +42,26 @@ VECTORS = [
 ]
 
 
+def encoded(kernels, old, new, room=None):
+    """``None`` where it does not fit."""
+    out = bytearray(b"\7" * (len(new) + 64 if room is None else room))
+    size = kernels.xbzrle_encode(old, new, out)
+    assert out[max(size, len(new)) :] == b"\7" * (len(out) - max(size, len(new)))
+    return None if size < 0 else bytes(out[:size])
+
+
 @both
 @pytest.mark.parametrize(("name", "old", "new", "wire"), VECTORS, ids=[v[0] for v in VECTORS])
 def test_known_vector_decodes(kernels, name, old, new, wire):
     page = bytearray(old)
     assert kernels.xbzrle_decode(bytes.fromhex(wire), page)
     assert page == new
+
+
+@both
+@pytest.mark.parametrize(("name", "old", "new", "wire"), VECTORS, ids=[v[0] for v in VECTORS])
+def test_known_vector_is_what_is_encoded(kernels, name, old, new, wire):
+    assert encoded(kernels, old, new) == bytes.fromhex(wire)
 
 
 @pytest.mark.parametrize(("name", "old", "new", "wire"), VECTORS, ids=[v[0] for v in VECTORS])
@@ -96,27 +110,95 @@ def test_changed_run_may_fill_the_page(kernels):
     assert page == bytes(range(64))
 
 
-def test_encoder_gives_up_on_a_page_that_changed_everywhere():
-    assert encode(ZEROS, b"\xff" * 4096) is None
-    assert encode(ZEROS, b"\xff\0" * 2048) is None
-    every_fourth = encode(ZEROS, b"\xff\0\0\0" * 1024)
-    assert every_fourth is not None
-    assert len(every_fourth) == 3072
+@both
+def test_encoder_gives_up_on_a_page_that_changed_everywhere(kernels):
+    assert encoded(kernels, ZEROS, b"\xff" * 4096) is None
+    assert encoded(kernels, ZEROS, b"\xff\0" * 2048) is None
+    assert encoded(kernels, ZEROS, b"\xff\xff\xff\0" * 1024) is None
+    assert len(encoded(kernels, ZEROS, b"\xff\0\0\0" * 1024)) == 3072
+    assert encoded(kernels, bytes(16384), b"\xff" * 16384) is None
 
 
-sizes = st.sampled_from((64, 1024, 4096, 16383))
-sparse = st.dictionaries(st.integers(0, 16382), st.integers(0, 255), max_size=40)
+# A page of 64 bytes as unchanged and changed bytes in turn, and how long it gets.
+TIGHT = [
+    ("a run that fills the room", [0, 62, 2], None),
+    ("a run that leaves one byte", [0, 61, 3], None),
+    ("a run that leaves two bytes", [0, 60, 4], 62),
+    ("a run that fills the room at the end of the page", [2, 62], 64),
+    ("a run that leaves one byte at the end of the page", [3, 61], 63),
+    ("a run that does not fit at the end of the page", [1, 63], None),
+    ("room for the unchanged run alone", [0, 20, 1, 38, 1, 1, 3], None),
+    ("room for all of the next but its bytes", [0, 20, 1, 37, 1, 2, 3], None),
+    ("room for the last run alone", [0, 20, 1, 37, 1, 1, 4], None),
+    ("room for the last run and one more", [0, 20, 1, 36, 1, 1, 5], None),
+    ("room for the last run and two more", [0, 20, 1, 34, 1, 1, 7], 61),
+    ("no room for the last run, at the end of the page", [0, 20, 1, 38, 4, 1], None),
+    ("just room for the last run, at the end of the page", [0, 20, 1, 37, 5, 1], 64),
+]
 
 
 @both
-@given(sizes, sparse, sparse)
-def test_what_was_encoded_decodes(kernels, size, old, new):
+@pytest.mark.parametrize(("what", "runs", "size"), TIGHT, ids=[t[0] for t in TIGHT])
+def test_room_is_that_of_a_page(kernels, what, runs, size):
+    assert sum(runs) == 64
+    page = b"".join(bytes([number % 2]) * length for number, length in enumerate(runs))
+    for wire in (encoded(kernels, bytes(64), page), encode(bytes(64), page)):
+        assert (None if wire is None else len(wire)) == size
+
+
+@both
+@pytest.mark.parametrize("room", range(12))
+def test_out_of_less_than_a_page_is_the_room(kernels, room):
+    new = patched(ZEROS, _3=b"abc", _8=b"d")
+    wire = bytes.fromhex("03 03 61 62 63 02 01 64")
+    # Behind the last run there must be room for the start of another.
+    assert encoded(kernels, ZEROS, new, room) == (wire if room >= 10 else None)
+    assert encoded(kernels, ZEROS, ZEROS, room) == (b"" if room >= 2 else None)
+
+
+@both
+@pytest.mark.parametrize(("old", "new"), [(64, 128), (0, 0), (100, 100), (16448, 16448)])
+def test_pages_that_cannot_be_encoded_are_refused(kernels, old, new):
+    with pytest.raises(ValueError, match="xbzrle_encode"):
+        kernels.xbzrle_encode(bytes(old), bytes(new), bytearray(20000))
+
+
+@both
+def test_page_without_bytes_takes_none(kernels):
+    assert kernels.xbzrle_decode(b"", bytearray())
+    assert not kernels.xbzrle_decode(b"\0\1a", bytearray())
+
+
+sizes = st.sampled_from((64, 1024, 4096, 16384))
+sparse = st.dictionaries(st.integers(0, 16383), st.integers(0, 255), max_size=40)
+runs = st.lists(st.tuples(st.integers(1, 70), st.integers(1, 70)), max_size=60)
+
+
+@st.composite
+def page_pairs(draw):
+    """A page before and after: bytes here and there, and runs from 1 byte to beyond a word."""
+    size = draw(sizes)
     before, after = bytearray(size), bytearray(size)
-    for page, changes in ((before, old), (after, new)):
+    for page, changes in ((before, draw(sparse)), (after, draw(sparse))):
         for at, value in changes.items():
             page[at % size] = value
-    encoded = encode(bytes(before), bytes(after))
-    assert encoded is None or (kernels.xbzrle_decode(encoded, before) and before == after)
+    at = 0
+    for same, changed in draw(runs):
+        at += same
+        for place in range(min(at, size), min(at + changed, size)):
+            after[place] = before[place] ^ 0x81
+        at += changed
+    return bytes(before), bytes(after)
+
+
+@both
+@given(page_pairs())
+def test_encoding_is_that_of_qemu_and_decodes(kernels, pair):
+    before, after = pair
+    wire = encoded(kernels, before, after)
+    assert wire == encode(before, after)
+    page = bytearray(before)
+    assert wire is None or (kernels.xbzrle_decode(wire, page) and page == after)
 
 
 lengths = st.integers(0, 300).map(uleb)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 def encode(old: bytes, new: bytes) -> bytes | None:
     """*new* relative to *old*; ``None`` where it would take more bytes than the page."""
-    out = bytearray()
+    out, room = bytearray(), len(new)
     at = 0
-    while True:
+    while at < len(new):
+        if room - len(out) < 2:
+            return None
         same = _run(old, new, at, equal=True)
         if at + same == len(new):
             return bytes(out)
@@ -15,9 +17,12 @@ def encode(old: bytes, new: bytes) -> bytes | None:
         changed = _run(old, new, start, equal=False)
         at = start + changed
         out += uleb(same)
-        out += uleb(changed) + new[start:at]
-        if len(out) > len(new):
+        if room - len(out) < 2:
             return None
+        out += uleb(changed) + new[start:at]
+        if len(out) > room:
+            return None
+    return bytes(out)
 
 
 def _run(old: bytes, new: bytes, at: int, *, equal: bool) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from vmferry.errors import VmferryError
 
 from . import _plain
+from .cache import XbzrleCache, XbzrlePacked
 from .rows import (
     COMPRESS,
     CONTINUE,
@@ -52,6 +53,7 @@ apply_records = _chosen.apply_records
 count_pages = _chosen.count_pages
 gather_pages = _chosen.gather_pages
 pack_pages = _chosen.pack_pages
+pack_pages_xbzrle = _chosen.pack_pages_xbzrle
 pack_records = _chosen.pack_records
 page_sums = _chosen.page_sums
 scan_records = _chosen.scan_records
@@ -59,6 +61,7 @@ set_range = _chosen.set_range
 store_records = _chosen.store_records
 take_pages = _chosen.take_pages
 xbzrle_decode = _chosen.xbzrle_decode
+xbzrle_encode = _chosen.xbzrle_encode
 zero_pages = _chosen.zero_pages
 
 __all__ = [
@@ -72,11 +75,14 @@ __all__ = [
     "XBZRLE",
     "ZERO",
     "Rows",
+    "XbzrleCache",
+    "XbzrlePacked",
     "apply_records",
     "compress_bound",
     "count_pages",
     "gather_pages",
     "pack_pages",
+    "pack_pages_xbzrle",
     "pack_records",
     "page_sums",
     "rows_of",
@@ -85,5 +91,6 @@ __all__ = [
     "store_records",
     "take_pages",
     "xbzrle_decode",
+    "xbzrle_encode",
     "zero_pages",
 ]

@@ -16,7 +16,7 @@ from .page cimport (
     is_zero,
     store_be64,
 )
-from .xbzrle cimport apply_xbzrle
+from .xbzrle cimport decode
 
 
 cdef uint64_t pages_of(const uint8_t[::1] memory, uint32_t page_size, const uint8_t[::1] known) except? 0:
@@ -147,7 +147,7 @@ def apply_records(
             source = &data[rows[i].position] if kind != ZERO and rows[i].length else NULL
             if kind == XBZRLE:
                 known[page] = 1
-                if not apply_xbzrle(source, rows[i].length, target, page_size):
+                if not decode(source, rows[i].length, target, page_size):
                     break
             elif kind == PAGE and (known[page] or not is_zero(source, page_size)):
                 known[page] = 1

@@ -7,7 +7,7 @@ from libc.string cimport memset
 
 from .page cimport KINDS, MAX_PAGE, PAGE, XBZRLE, ZERO, Row, is_sound
 from .sums cimport page_sum
-from .xbzrle cimport apply_xbzrle
+from .xbzrle cimport decode
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -108,7 +108,7 @@ cdef int store_delta(
     error = read_page(fd, page, page_size, offset)
     if error:
         return error
-    if not apply_xbzrle(encoded, length, page, page_size):
+    if not decode(encoded, length, page, page_size):
         return -1
     sum[0] = page_sum(page, page_size)
     if sum[0] == 0:

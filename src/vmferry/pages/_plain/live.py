@@ -38,10 +38,10 @@ def pack_pages(
     where *named* says so.  Returns the index of the first page not written, the bytes written, and
     how many pages were zero.
     """
-    memory, known, total = _checked(memory, page_size, known)
+    memory, known, total = checked(memory, page_size, known)
     if first < 0 or (named and not name):
         raise ValueError("pack_pages: a page before the first, or a name without bytes")
-    room = _view(out)
+    room = view(out)
     at = zeros = 0
     for index, page in enumerate(pages[first:].tolist(), first):
         if page >= total:
@@ -62,7 +62,7 @@ def zero_pages(
     memory: Memory, pages: U64, page_size: int, zero: U8, known: Bytes | U8 = b""
 ) -> int:
     """Say in *zero* which of *pages* are zero, 1 or 0 for each; returns how many."""
-    memory, known, total = _checked(memory, page_size, known)
+    memory, known, total = checked(memory, page_size, known)
     if len(zero) < len(pages):
         raise ValueError("zero_pages: the mask is too short")
     for index, page in enumerate(pages.tolist()):
@@ -74,8 +74,8 @@ def zero_pages(
 
 def gather_pages(memory: Memory, pages: U64, page_size: int, out: Memory) -> int:
     """Copy *pages* into *out*, one behind the other; returns the bytes written."""
-    memory, _, total = _checked(memory, page_size, b"")
-    room = _view(out)
+    memory, _, total = checked(memory, page_size, b"")
+    room = view(out)
     if len(room) // page_size < len(pages):
         raise ValueError("gather_pages: more pages than out has room for")
     for index, page in enumerate(pages.tolist()):
@@ -97,7 +97,7 @@ def apply_records(
     that is no page record or points outside the data or the block).  Several threads may do this at
     once, as long as no two have the same page.
     """
-    memory, found, total = _checked(memory, page_size, known)
+    memory, found, total = checked(memory, page_size, known)
     if first < 0 or len(found) < total:
         raise ValueError(
             "apply_records: a row before the first, or known not one byte for each page"
@@ -131,7 +131,7 @@ def _apply(kind: int, payload: bytes, page: memoryview, known: memoryview) -> bo
     return True
 
 
-def _checked(
+def checked(
     memory: Bytes | U8, page_size: int, known: Bytes | U8
 ) -> tuple[memoryview, memoryview, int]:
     """Both as views, and how many pages *memory* has."""
@@ -140,10 +140,11 @@ def _checked(
     total = len(memory) // page_size
     if 0 < len(known) < total:
         raise ValueError("known: not one byte for each page")
-    return _view(memory), _view(known), total
+    return view(memory), view(known), total
 
 
-def _view(data: Bytes | U8) -> memoryview:
+def view(data: Bytes | U8) -> memoryview:
+    """Bytes of any kind, to be sliced without copying."""
     return data.data if isinstance(data, np.ndarray) else memoryview(data)
 
 
