@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guests import walker
+from tests.migration.peers import SHUT, Peer, unanswered
 from tests.migration.races import at_once
-from vmferry.migration.capabilities import Capability, checked
-from vmferry.migration.parameters import Parameters
+from vmferry.migration.capabilities import Capability
+from vmferry.migration.parameters import Parameters, changed
 from vmferry.migration.progress import Progress
+from vmferry.migration.rates import Period
 from vmferry.migration.statistics import Sample, Statistics, query_incoming
 from vmferry.migration.status import Status
+from vmferry.migration.throttling import Throttling
 from vmferry.qemu import QemuProcess
 
 PAGE = 4096
@@ -239,34 +240,6 @@ def test_incoming() -> None:
 
 # Against the real one
 
-SHUT = bytes.fromhex("0001000400000000")
-
-
-class Peer:
-    """Accepts one connection, and reads from it what comes, if it is told to."""
-
-    def __init__(self, path: Path) -> None:
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen(1)
-        self.uri = f"unix:{path}"
-
-    def __enter__(self) -> Peer:
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._listener.close()
-        with contextlib.suppress(AttributeError):
-            self.connection.close()
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection = self._listener.accept()[0]
-            while self.connection.recv(1 << 20):
-                pass
-
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[Status, dict[str, Any]]:
@@ -281,7 +254,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[Status, dict[str, Any
         answers[Status.NONE] = vm.query_migrate()
         capabilities = ["xbzrle", "pause-before-switchover", "return-path"]
         vm.prepare_migration(capabilities, {"max-bandwidth": 10_000})
-        with _unanswered() as uri:
+        with unanswered() as uri:
             vm.execute("migrate", {"uri": uri})
             note(Status.SETUP)
             vm.execute("migrate_cancel")
@@ -302,22 +275,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[Status, dict[str, Any
             note(Status.PRE_SWITCHOVER)
             vm.execute("migrate-continue", {"state": "pre-switchover"})
             note(Status.DEVICE)  # until it is answered
-            peer.connection.sendall(SHUT)
+            peer.say(SHUT)
             note(Status.COMPLETED)
     return answers
-
-
-@contextlib.contextmanager
-def _unanswered() -> Iterator[str]:
-    """An address where no connection comes about: its queue is full."""
-    with socket.socket() as listener, contextlib.ExitStack() as fill:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)
-        for _ in range(4):
-            waiting = fill.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(listener.getsockname())
-        yield f"tcp:127.0.0.1:{listener.getsockname()[1]}"
 
 
 def shape(value: object) -> object:
@@ -373,26 +333,30 @@ def test_fixed_numbers_are_those_of_qemu(told: dict[Status, dict[str, Any]]) -> 
 
 @pytest.mark.qemu
 def test_throttled(start_qemu: Callable[..., QemuProcess], tmp_path: Path) -> None:
-    """A guest that writes all the time, with auto-converge on."""
+    """A guest that writes all the time is slowed down by the steps that vmferry would take."""
     kernel = tmp_path / "walker"
     kernel.write_bytes(walker(pages=1024, hot=1024))
-    vm = start_qemu(
-        *("-machine", "pc", "-accel", "tcg", "-nodefaults", "-m", "16", "-kernel", str(kernel))
-    )
-    parameters = {"max-bandwidth": 2 << 20, "throttle-trigger-threshold": 1, "downtime-limit": 1}
+    machine = ("-machine", "pc", "-accel", "tcg", "-nodefaults", "-m", "16")
+    vm = start_qemu(*machine, "-kernel", str(kernel))
+    steps = {"cpu-throttle-initial": 15, "cpu-throttle-increment": 25, "max-cpu-throttle": 60}
+    parameters = changed(Parameters(), steps | {"throttle-trigger-threshold": 1})
+    throttling, fast = Throttling(), Period(sent=1 << 20, dirtied=1 << 20, seconds=1.5)
+    slow = {"max-bandwidth": 4 << 20, "downtime-limit": 1, "throttle-trigger-threshold": 1}
     with Peer(tmp_path / "peer") as peer:
-        vm.migrate(peer.uri, capabilities=["auto-converge", "events"], parameters=parameters)
-        answer: dict[str, Any] = {}
-        while "cpu-throttle-percentage" not in answer:
+        vm.migrate(peer.uri, capabilities=["auto-converge", "events"], parameters=slow | steps)
+        told = [0]
+        while told[-1] < 60:
             vm.qmp.wait_event("MIGRATION_PASS", timeout=60.0)
             answer = vm.query_migrate()
+            if (percentage := answer.get("cpu-throttle-percentage", 0)) != told[-1]:
+                told.append(percentage)
         vm.execute("migrate_cancel")
+    assert told[1:] == [throttling.step(fast, parameters) for _ in told[1:]] == [15, 40, 60]
     statistics = Story().first_round()
-    statistics.expect(dirty_rate=1.0, downtime=1.0, throttle=20)
-    capabilities = checked(frozenset(), {"auto-converge": True}, incoming=False)
-    ours = statistics.query(Status.ACTIVE, capabilities=capabilities)
+    statistics.expect(dirty_rate=1.0, downtime=1.0, throttle=throttling.percentage)
+    ours = statistics.query(Status.ACTIVE)
     assert shape(untyped(ours)) == shape(answer)
-    assert ours["cpu-throttle-percentage"] == answer["cpu-throttle-percentage"] == 20
+    assert ours["cpu-throttle-percentage"] == 60
 
 
 @pytest.mark.qemu

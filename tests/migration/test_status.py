@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.migration.peers import Peer, unanswered
 from tests.migration.races import at_once
 from vmferry.errors import UsageError
 from vmferry.migration.status import (
@@ -19,6 +23,7 @@ from vmferry.migration.status import (
     StatusTrack,
     Table,
 )
+from vmferry.qemu import QemuProcess, QmpError
 
 TABLES = pytest.mark.parametrize("table", [SOURCE, DESTINATION], ids=["source", "destination"])
 POSTCOPY = {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER}
@@ -127,3 +132,85 @@ def test_listener_hears_in_order_whoever_moves() -> None:
 
     at_once(*(partial(when_due, *step) for step in zip([Status.NONE, *path], path, strict=False)))
     assert told == path
+
+
+# Against the real one
+
+MACHINE = ("-machine", "pc", "-accel", "tcg", "-nodefaults", "-m", "8")
+SLOW = {"max-bandwidth": 10_000}
+
+
+class Followed:
+    """A QEMU whose statuses are followed along *table*."""
+
+    def __init__(self, vm: QemuProcess, table: Table) -> None:
+        self.vm = vm
+        self._track = StatusTrack(table)
+
+    def goes(self, *path: str) -> None:
+        """Wait for these statuses; each has to be a step of the table."""
+        for status in path:
+            event = self.vm.qmp.wait_event("MIGRATION", timeout=60.0)
+            assert event["data"] == {"status": status}
+            self._track.move(Status(status))
+
+
+@pytest.fixture
+def source(start_qemu: Callable[..., QemuProcess]) -> Followed:
+    vm = start_qemu(*MACHINE)
+    vm.prepare_migration(["events", "return-path", "pause-before-switchover"])
+    return Followed(vm, SOURCE)
+
+
+@pytest.mark.qemu
+def test_qemu_fails_to_connect_and_is_cancelled(source: Followed, tmp_path: Path) -> None:
+    with contextlib.suppress(QmpError):
+        source.vm.migrate(f"unix:{tmp_path / 'nobody'}")
+    source.goes("setup", "failed")
+    with Peer(tmp_path / "peer") as peer:
+        source.vm.migrate(peer.uri, parameters=SLOW)
+        source.goes("setup", "active")
+        source.vm.execute("migrate_cancel")
+        source.goes("cancelling", "cancelled")
+
+
+@pytest.mark.qemu
+def test_qemu_is_cancelled_while_it_waits(source: Followed, tmp_path: Path) -> None:
+    with Peer(tmp_path / "peer") as peer:
+        source.vm.migrate(peer.uri)
+        source.goes("setup", "active", "pre-switchover")
+        source.vm.execute("migrate_cancel")
+        source.goes("cancelling", "cancelled")
+
+
+@pytest.mark.qemu
+def test_qemu_is_cancelled_before_it_is_connected(source: Followed) -> None:
+    with unanswered() as uri:
+        source.vm.migrate(uri)
+        source.goes("setup")
+        source.vm.execute("migrate_cancel")
+        source.goes("cancelling")
+
+
+@pytest.mark.qemu
+def test_qemu_loses_its_destination(source: Followed, tmp_path: Path) -> None:
+    with Peer(tmp_path / "peer") as peer:
+        source.vm.migrate(peer.uri)
+        source.goes("setup", "active", "pre-switchover")
+        source.vm.execute("migrate-continue", {"state": "pre-switchover"})
+        source.goes("device")
+        peer.hang_up()
+        source.goes("failed")
+
+
+@pytest.mark.qemu
+def test_qemu_moves_to_another(
+    source: Followed, start_qemu: Callable[..., QemuProcess], tmp_path: Path
+) -> None:
+    there = Followed(start_qemu(*MACHINE, "-incoming", "defer"), DESTINATION)
+    there.vm.incoming(f"unix:{tmp_path / 'there'}", capabilities=["events"])
+    source.vm.migrate(f"unix:{tmp_path / 'there'}")
+    source.goes("setup", "active", "pre-switchover")
+    source.vm.execute("migrate-continue", {"state": "pre-switchover"})
+    source.goes("device", "completed")
+    there.goes("setup", "active", "completed")

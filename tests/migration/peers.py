@@ -1,0 +1,63 @@
+"""The other end of a QEMU's migration, where it does not matter what comes there."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Self
+
+from tests.transports.support import PROMPT
+
+SHUT = bytes.fromhex("0001000400000000")
+
+
+class Peer:
+    """Accepts one connection and reads what comes, for as long as the block lasts."""
+
+    def __init__(self, path: Path) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        self._connection: Future[socket.socket] = Future()
+        self.uri = f"unix:{path}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._read, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+        if self._connection.done():
+            self._connection.result().close()
+
+    def say(self, message: bytes) -> None:
+        """Answer the source."""
+        self._connection.result(PROMPT).sendall(message)
+
+    def hang_up(self) -> None:
+        """Break the connection."""
+        self._connection.result(PROMPT).shutdown(socket.SHUT_RDWR)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            connection = self._listener.accept()[0]
+            self._connection.set_result(connection)
+            while connection.recv(1 << 20):
+                pass
+
+
+@contextlib.contextmanager
+def unanswered() -> Iterator[str]:
+    """An address where no connection comes about: its queue is full."""
+    with socket.socket() as listener, contextlib.ExitStack() as fill:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):
+            waiting = fill.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield f"tcp:127.0.0.1:{listener.getsockname()[1]}"
