@@ -26,8 +26,9 @@ def with_advice(stall: Stall, parameters: Parameters, capabilities: frozenset[Ca
 def _advice(
     stall: Stall, parameters: Parameters, capabilities: frozenset[Capability]
 ) -> Iterator[str]:
-    if stall.limit_needed is not None and stall.limit_needed <= _LONGEST:
-        limit = format_duration(stall.limit_needed / 1000)
+    needed = stall.limit_needed
+    if needed is not None and stall.downtime_limit < needed <= _LONGEST:
+        limit = format_duration(needed / 1000)
         yield f"a downtime-limit of {limit} would do at this bandwidth"
     if stall.bandwidth_needed is not None:
         yield _bandwidth(stall, stall.bandwidth_needed, parameters)

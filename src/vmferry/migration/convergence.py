@@ -38,9 +38,9 @@ class Round:
     """A round that ended with a collection of the dirty log.
 
     ``sent`` bytes on the wire in ``seconds`` since the collection before; ``dirtied`` bytes of
-    guest memory were found in this one, and ``remaining`` are to be sent now.  That is the same
-    where a round sends all that there is.  One that leaves what would fit takes that along, and
-    what is written meanwhile comes on top: it never fits.
+    guest memory were found in this one, and ``remaining`` are to be sent now.  A round sends all
+    that there is, so that the two are the same: if it left as much as may remain in a switchover,
+    what was written meanwhile would come on top of that, every time.
     """
 
     sent: int
