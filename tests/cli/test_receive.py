@@ -97,7 +97,7 @@ def test_source_that_says_nothing_is_left_after_a_while(tmp_path: Path, saved: P
             source.sendall(ANSWERED[:100_000])
             assert read_all(source).endswith(FAILED)
         assert command.finish() == 4
-    assert_one_error(command, "waited 200 ms for data, nothing came")
+    assert_one_error(command, f'"unix:{tmp_path}/s": waited 200 ms for data, nothing came')
     assert not saved.exists()
 
 

@@ -157,7 +157,7 @@ def test_destination_that_reads_nothing_is_left_after_a_while(tmp_path: Path) ->
         with connection:
             assert command.finish() == 4
     assert len(command.err) == 1
-    assert "waited 300 ms for the other side to read on" in command.err[0]
+    assert f'"unix:{tmp_path}/s": waited 300 ms for the other side to read' in command.err[0]
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ FAILURES = [
     pytest.param(says_nothing, vmferry.PeerError, "without saying", id="closes without a word"),
     pytest.param(answers_junk, vmferry.StreamError, "return-path message", id="answers junk"),
     pytest.param(stays_silent, vmferry.TransportError, "waited 300 ms", id="stays silent"),
-    pytest.param(dies, vmferry.VmferryError, "main|multifd", id="dies"),
+    pytest.param(dies, vmferry.VmferryError, "unix:|multifd", id="dies"),
 ]
 
 

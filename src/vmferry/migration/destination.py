@@ -202,7 +202,6 @@ class Destination:
     def _receive(self) -> None:
         reader = self._reader
         channel, head = self._connections.accept_main()
-        channel.name = reader.channel
         main = self._main = ReadAhead(channel)
         self._answers.attach(main)
         self._meter.start()

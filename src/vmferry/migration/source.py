@@ -142,7 +142,6 @@ class Source:
     def _run(self) -> None:
         with ExitStack() as cleanup:
             main = self._main = self._open(cleanup)
-            main.name = "main"
             self._answered = main.duplex and self._options.return_path
             if not self._answered:
                 self.handover = Handover(SOURCE_OF_QEMU)
