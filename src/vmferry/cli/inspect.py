@@ -109,9 +109,11 @@ def _check_patterns(survey: Survey, patterns: Sequence[str]) -> None:
 
 
 def _survey(source: str, *, verify: bool, max_ram: int | None, page_size: int | None) -> Survey:
-    from vmferry import Checkpoint, UsageError, open_stream
+    from vmferry import UsageError, open_stream
 
     if source != "-" and Path(source).is_dir():
+        from vmferry import Checkpoint
+
         with Checkpoint(source, verify=verify) as checkpoint:
             return checkpoint.survey()
     if verify:
