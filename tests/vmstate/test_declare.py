@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field, make_dataclass
 from types import ModuleType
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import pytest
 
@@ -22,6 +22,7 @@ from vmferry.vmstate import (
     Array,
     Bitmap,
     Buffer,
+    Custom,
     Gap,
     Local,
     Queue,
@@ -78,10 +79,15 @@ WRONG: list[tuple[Any, str]] = [
     (str, "str does not say how it is sent"),
     (float, "float does not say how it is sent"),
     (Undeclared, "Undeclared does not say how it is sent"),
-    (Inner | None, "does not say how it is sent"),
+    (Inner | None, "Inner | None does not say how it is sent; use a subsection for a state that"),
+    (list[U8], "list[U8] does not say how it is sent; use a kind such as Array(4)"),
+    ("Annotated[U8, sinc(2)]", "its annotation cannot be read: name 'sinc' is not defined"),
+    ("U8 U16", "its annotation cannot be read"),
     (Annotated[str, Integer(4)], "Integer of 1, 2, 4 or 8 is an int; found str"),
     (Annotated[int, Integer(3)], "Integer of 1, 2, 4 or 8 is an int"),
     (Annotated[int, Integer], "Integer lacks its arguments"),
+    (Annotated[int, Integer("4")], "Integer: size is of type int; found '4'"),  # type: ignore[arg-type]
+    (Annotated[U8, U16], "it has two types"),
     (Annotated[int, Double()], "Double is a float"),
     (Annotated[int, Expiry()], "a timer is an int | None"),
     (Annotated[U8, Integer(2)], "two kinds"),
@@ -94,6 +100,8 @@ WRONG: list[tuple[Any, str]] = [
         "the test of when() takes the device, or it and the version",
     ),
     (Annotated[U8, named("a\nb")], "printable bytes"),
+    (Annotated[U8, named("")], "printable bytes"),
+    (Annotated[U8, since("2")], "Since: version is of type int; found '2'"),  # type: ignore[arg-type]
     (Annotated[bool, equal], "equal and at_most are for integers"),
     (Annotated[Timer, equal], "equal and at_most are for integers"),
     (Annotated[U32, at_most], "at_most is for I32"),
@@ -101,12 +109,14 @@ WRONG: list[tuple[Any, str]] = [
     (Annotated[Inner, at_version(1)], "Inner has versions 2 to 2, found 1"),
     (Annotated[str, Buffer(4)], "a buffer is bytes or bytearray"),
     (Annotated[bytes, Buffer(0)], "a size of 1"),
+    (Annotated[str, Custom(Undeclared())], "a codec has a type, save and load"),  # type: ignore[arg-type]
     (Annotated[bytes, Buffer(4, of=8)], "a partial buffer is a bytearray"),
     (Annotated[bytearray, Buffer(4, 6, of=8)], "bytes within 8"),
     (Annotated[bytes, VarBuffer("n", 4)], "the count 'n' is no field declared before it"),
     (Annotated[bytes, VarBuffer("flag", 4)], "the count 'flag' is not a U8, U16, U32 or I32"),
     (Annotated[tuple[U8, ...], Array(4)], "an array is a list[...]"),
     (Annotated[list[U8], Array()], "a shape of positive numbers"),
+    (Annotated[list[U8], Array("3")], "a shape of positive"),  # type: ignore[arg-type]
     (Annotated[list[U8], Array(-1)], "a shape of positive numbers"),
     (Annotated[list[U8], Array(2, 2)], "lists in lists, 2 deep"),
     (Annotated[list[int], Array(2)], "int does not say how it is sent"),
@@ -166,6 +176,12 @@ def plain() -> type[Any]:
         (lambda: device("d", version=2**32), "minimum_version <= version"),
         (lambda: device("d", instance_id=-1), "instance_id is 0 to"),
         (lambda: device("d", alias_id=2**32), "alias_id is 0 to"),
+        (lambda: device("d", alias_id=1.5), "alias_id is 0 to"),  # type: ignore[arg-type]
+        (lambda: device(plain()), "Device: @device is called with the name that"),  # type: ignore[arg-type]
+        (lambda: device("d", version="1"), "<= 4294967295, found '1'"),  # type: ignore[arg-type]
+        (lambda: device("d", priority="1"), "priority is a number"),  # type: ignore[arg-type]
+        (lambda: device("d", unmigratable=True), "is the reason"),  # type: ignore[arg-type]
+        (lambda: lambda cls: device("d")(cls.__init__), "expected a class"),
     ],
 )
 def test_wrong_devices_are_refused(decorator: Callable[[], Any], message: str) -> None:
@@ -195,16 +211,80 @@ def test_a_list_that_all_objects_share_is_refused() -> None:
 def test_a_frozen_class_is_refused() -> None:
     with pytest.raises(DeclarationError, match="Frozen: it is frozen"):
         device("d")(make_dataclass("Frozen", [("x", U8)], frozen=True))
+    attrs = pytest.importorskip("attrs")
+    with pytest.raises(DeclarationError, match="Frozen: it is frozen"):
+        device("d")(attrs.make_class("Frozen", {"x": attrs.field(type=U8)}, frozen=True))
+    with pytest.raises(DeclarationError, match="Tuple: it is frozen"):
+        device("d")(Tuple)
+
+
+class Tuple(NamedTuple):
+    x: U8
+
+
+class Slotted:
+    __slots__ = ("y",)
+    x: U8
+
+
+class Computed:
+    x: U8
+
+    @property
+    def x(self) -> int:  # type: ignore[no-redef]
+        return 1
+
+
+@pytest.mark.parametrize("cls", [Slotted, Computed])
+def test_an_attribute_that_cannot_be_set_is_refused(cls: type[Any]) -> None:
+    message = rf"{cls.__name__}\.x: objects of the class have no such attribute to set"
+    with pytest.raises(DeclarationError, match=message):
+        device("d")(cls)
+
+
+def test_two_subsections_of_one_name_are_refused() -> None:
+    class Device:
+        first: Annotated[Inner | None, subsection]
+        second: Annotated[Inner | None, subsection]
+
+    with pytest.raises(DeclarationError, match=r"Device\.second: a second subsection called"):
+        device("dev")(Device)
 
 
 def test_names_that_do_not_exist_are_refused() -> None:
     class Device:
         x: Nowhere  # type: ignore[name-defined]  # noqa: F821
 
-    with pytest.raises(
-        DeclarationError, match=r"Device: an annotation of .*Device cannot be read: .*Nowhere"
-    ):
+    message = r"Device\.x: its annotation cannot be read: name 'Nowhere' is not defined"
+    with pytest.raises(DeclarationError, match=message):
         device("d")(Device)
+
+
+def test_what_is_local_may_have_a_type_that_only_type_checkers_know() -> None:
+    @device("d")
+    class Device:
+        bus: Local[Nowhere]  # type: ignore[name-defined]  # noqa: F821
+        all: ClassVar[nowhere.Else[int] | None]  # type: ignore[name-defined]  # noqa: F821
+        x: U8 = 1
+
+    assert save(Device()) == b"\1"
+
+
+def test_what_a_dataclass_only_takes_as_an_argument_is_no_field() -> None:
+    @device("d")
+    @dataclass
+    class Device:
+        start: InitVar[int]
+        x: U8 = 0
+        _: KW_ONLY
+        y: U8 = 0
+
+        def __post_init__(self, start: int) -> None:
+            self.x = start
+
+    loaded = Device(0)
+    load(loaded, save(Device(3, y=4)), 1)
+    assert (loaded.x, loaded.y) == (3, 4)
 
 
 def test_a_declaration_below_one_that_replaces_the_class_is_noticed() -> None:

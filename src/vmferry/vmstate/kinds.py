@@ -2,71 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Final, Union, get_args, get_origin
+import re
+from types import NoneType
+from typing import Any, Final, get_args, get_origin
 
 from vmferry.errors import DeclarationError
 
 from . import plan as p
 from . import types as t
+from .hints import Spelled, split
 
-_KINDS: Final = (
-    t.Integer,
-    t.Double,
-    t.Expiry,
-    t.Buffer,
-    t.VarBuffer,
-    t.Array,
-    t.VarArray,
-    t.Queue,
-    t.Tree,
-    t.Bitmap,
-    t.Gap,
-    t.Temporary,
-    t.Custom,
-    t.Subsection,
-)
-_CONDITIONS: Final = (t.Since, t.Before, t.When, t.Named, t.Of, t.AtVersion, t.Check)
 _CODES: Final = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _LARGEST: Final = 64 << 20
 """Bytes, or elements, that one field may have: as many as a device section."""
 
+_SUCH_AS: Final = {
+    float: "Float64",
+    bytes: "Buffer(16)",
+    bytearray: "Buffer(16)",
+    list: "Array(4)",
+    dict: "Tree()",
+}
+"""For what cannot be sent as it is, what may be meant; numbers go without saying."""
 
-@dataclass(frozen=True, slots=True)
-class Spelled:
-    """An annotation taken apart: the type, the kind if one is given, and conditions."""
-
-    type: Any
-    kind: Any
-    conditions: tuple[Any, ...]
-    local: bool
-
-    @property
-    def optional(self) -> tuple[Any, bool]:
-        """The type without ``None``, and whether it had one."""
-        if get_origin(self.type) not in (Union, UnionType):
-            return self.type, False
-        others = [arg for arg in get_args(self.type) if arg is not NoneType]
-        return (others[0] if len(others) == 1 else self.type), len(others) == 1
-
-
-def split(hint: Any, where: str) -> Spelled:
-    """Take *hint* apart."""
-    if get_origin(hint) is not Annotated:
-        return Spelled(hint, None, (), local=False)
-    inner, *metadata = get_args(hint)
-    for item in metadata:
-        if isinstance(item, type) and item in (*_KINDS, *_CONDITIONS):
-            raise DeclarationError(f"{where}: {item.__name__} lacks its arguments")
-    kinds = [item for item in metadata if isinstance(item, _KINDS)]
-    if len(kinds) > 1:
-        raise DeclarationError(f"{where}: two kinds, {kinds[0]!r} and {kinds[1]!r}")
-    conditions = tuple(item for item in metadata if isinstance(item, _CONDITIONS))
-    local = any(isinstance(item, t.NotMigrated) for item in metadata)
-    if local and (kinds or conditions):
-        raise DeclarationError(f"{where}: an attribute is local, or it is migrated")
-    return Spelled(inner, kinds[0] if kinds else None, conditions, local)
+_NUMBER: Final = re.compile(r"Annotated\[int, Integer\(size=(\d), signed=(False|True)\)\]")
 
 
 def plan_of(cls: Any) -> p.Plan | None:
@@ -102,7 +61,7 @@ def kind_of(spelled: Spelled, where: str) -> p.Kind:  # noqa: PLR0911 - one for 
             _expect(0 < size <= _LARGEST, where, f"a gap has 1 to {_LARGEST} bytes", size)
             return p.Gap(size)
         case t.Custom(codec):
-            _expect(isinstance(codec.type, str), where, "a codec has a type", codec)
+            _expect(_is_codec(codec), where, "a codec has a type, save and load", codec)
             return p.Custom(codec)
         case t.Temporary(save, load):
             return p.Temporary(_declared(hint, where, "a temporary"), save, load)
@@ -119,10 +78,20 @@ def _plain(hint: Any, where: str) -> p.Kind:
         return p.Scalar("bool", "?")
     if (plan := plan_of(hint)) is not None:
         return p.Struct(plan, plan.version)
+    such = _SUCH_AS.get(get_origin(hint) or hint, "U32")
+    advice = f"a kind such as {such}, a class declared with @state"
+    bare, optional = Spelled(hint, None, (), local=False).optional
+    if optional and plan_of(bare) is not None:
+        advice = "a subsection for a state that may be absent, an array of them"
     raise DeclarationError(
-        f"{where}: {_shown(hint)} does not say how it is sent; use a kind such as U32, a class"
-        " declared with @state, or Local[...] for what is not migrated"
+        f"{where}: {_shown(hint)} does not say how it is sent; use {advice}, or Local[...] for what"
+        " is not migrated"
     )
+
+
+def _is_codec(codec: Any) -> bool:
+    methods = callable(getattr(codec, "save", None)) and callable(getattr(codec, "load", None))
+    return methods and isinstance(getattr(codec, "type", None), str)
 
 
 def _bytes(hint: Any, kind: t.Buffer | t.VarBuffer, where: str) -> p.Bytes:
@@ -154,7 +123,7 @@ def _elements(hint: Any, kind: t.Array | t.VarArray, where: str) -> p.Elements:
         not isinstance(element, p.Elements | p.Gap | p.Temporary), where, "an element", inner.kind
     )
     if isinstance(kind, t.Array):
-        whole = bool(shape) and all(isinstance(n, int) and n > 0 for n in shape)
+        whole = bool(shape) and all(type(n) is int and n > 0 for n in shape)
         _expect(whole, where, "a shape of positive numbers, as in Array(4)", shape)
         length = p.product(shape)
         _expect(length <= _LARGEST, where, f"at most {_LARGEST} elements", length)
@@ -194,4 +163,8 @@ def _expect(holds: bool, where: str, expected: str, found: Any) -> None:
 
 
 def _shown(found: Any) -> str:
-    return found.__qualname__ if isinstance(found, type) and not get_args(found) else repr(found)
+    """What was found, as one would write it."""
+    if isinstance(found, type) and not get_args(found):
+        return found.__qualname__
+    text = repr(found).replace("typing.", "")
+    return _NUMBER.sub(lambda m: f"{'I' if m[2] == 'True' else 'U'}{8 * int(m[1])}", text)
