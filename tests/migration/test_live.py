@@ -11,11 +11,13 @@ from uuid import UUID
 
 import pytest
 
+from tests.migration.boards import Disk
 from tests.migration.python_machine import PythonMachine
 from tests.migration.relay import Relay
 from tests.transports.support import wait_until
 from vmferry import UsageError
 from vmferry.migration.control import Control, RunState
+from vmferry.migration.events import DowntimeRaised, Stalled
 from vmferry.migration.status import Status
 from vmferry.migration.takeover import GO, READY
 from vmferry.vmstate import U8, device
@@ -206,6 +208,113 @@ def test_uuid_is_compared_where_that_is_asked_for(lab: Lab) -> None:
     assert source.wait(LONG) == Status.FAILED
     assert "UUID" in source.query()["error-desc"]
     runs_on(source)
+
+
+# What is sent, and when it is enough
+
+
+def test_differences_are_sent_of_pages_that_change_again_and_again(lab: Lab) -> None:
+    source, destination, address = lab.pair(hot=100)
+    source.set_capabilities({"xbzrle": True})
+    # So slow that a round sends less than is written, and only differences are small enough.
+    source.set_parameters({"max-bandwidth": 40 << 20, "downtime-limit": 6})
+    source.migrate(address)
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert source.query()["xbzrle-cache"]["pages"] > 0
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_machine_that_writes_too_much_is_slowed_down(lab: Lab) -> None:
+    source, destination, address = lab.pair(hot=500)
+    source.set_capabilities({"auto-converge": True, "events": True})
+    source.set_parameters({"max-bandwidth": 8 << 20, "downtime-limit": 0})
+    source.migrate(address)
+    wait_until(lambda: bool(machine(source).throttled))
+    assert machine(source).throttled[0] == 20
+    assert source.query()["cpu-throttle-percentage"] == 20
+    source.set_parameters({"downtime-limit": 2000})
+    assert source.wait(LONG) == Status.COMPLETED
+    assert machine(source).throttled[-1] == 0
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_migration_without_progress_says_so_and_what_would_help(lab: Lab) -> None:
+    source, destination, address = lab.pair(hot=200)
+    source.set_parameters(
+        {
+            "max-bandwidth": 8 << 20,
+            "downtime-limit": 1,
+            "x-vmferry-stall-policy": "give-up",
+            "x-vmferry-stall-rounds": 2,
+            "x-vmferry-stall-seconds": 0.1,
+        }
+    )
+    source.migrate(address)
+    stalls = [event for event in source.watch() if isinstance(event, Stalled)]
+    assert source.wait(LONG) == Status.FAILED
+    assert len(stalls) == 1
+    assert stalls[0].report.advice
+    assert "the migration was given up: no progress for" in source.query()["error-desc"]
+    assert destination.wait(LONG) == Status.FAILED
+    runs_on(source)
+
+
+def test_limit_of_downtime_is_raised_until_it_fits(lab: Lab) -> None:
+    source, destination, address = lab.pair(hot=200)
+    source.set_parameters(
+        {
+            "max-bandwidth": 8 << 20,
+            "downtime-limit": 1,
+            "x-vmferry-stall-policy": "raise-downtime",
+            "x-vmferry-stall-rounds": 2,
+            "x-vmferry-stall-seconds": 0.1,
+        }
+    )
+    source.migrate(address)
+    raised = [event.limit for event in source.watch() if isinstance(event, DowntimeRaised)]
+    assert source.wait(LONG) == Status.COMPLETED
+    assert raised
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_memory_that_is_added_on_the_way_breaks_it_off(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    source.set_parameters({"max-bandwidth": 4 << 20})
+    source.migrate(address)
+    wait_until(lambda: source.query()["status"] == "active")
+    machine(source).memory.add("late", 4096)
+    assert source.wait(LONG) == Status.FAILED
+    assert "memory was added" in source.query()["error-desc"]
+    assert destination.wait(LONG) == Status.FAILED
+    runs_on(source)
+
+
+def test_handlers_of_the_machine_take_part(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    content = bytes(range(100))
+    machine(source).registry.register_iterative(Disk(content))
+    machine(destination).registry.register_iterative(disk := Disk())
+    source.migrate(address)
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert destination.wait(LONG) == Status.COMPLETED
+    assert disk.content == content
+    runs_on(destination)
+
+
+def test_shared_block_is_left_out_on_both_sides(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    for side in (source, destination):
+        machine(side).memory.add("shared", 8 * 4096, shared=True)
+    machine(source).memory["shared"].array[:] = 7
+    source.set_capabilities({"x-ignore-shared": True})
+    source.migrate(address)
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert destination.wait(LONG) == Status.COMPLETED
+    assert not machine(destination).memory["shared"].array.any()
+    runs_on(destination)
 
 
 # Pausing, cancelling

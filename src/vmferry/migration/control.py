@@ -5,9 +5,11 @@ QEMU 7.2 ``migration/migration.c`` (``qmp_migrate`` and its neighbours).
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
+from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from vmferry.errors import UsageError
@@ -18,13 +20,14 @@ from . import parameters as params
 from .capabilities import Capability
 from .connections import Deadlines
 from .destination import Destination
+from .events import Event, StatusChanged, to_qmp
 from .live import LiveSource
 from .machine import LiveMachine
 from .machine_sink import MachineSink
 from .parameters import Parameters
 from .progress import Meter, Progress
 from .statistics import Statistics, query_incoming
-from .status import DESTINATION, SOURCE, UNDER_WAY, Status, StatusTrack
+from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack
 
 Notify: TypeAlias = Callable[[str, dict[str, Any]], None]
 """Told the name and the data of each QMP event, by any thread."""
@@ -43,9 +46,9 @@ class RunState(StrEnum):
 class Control:
     """Migrates one *machine*, as QEMU's monitor lets you; any thread may call.
 
-    *notify* is told events: ``STOP``, ``RESUME``, and with capability ``events`` ``MIGRATION`` and
-    ``MIGRATION_PASS``.  What a method raises is a :class:`~vmferry.errors.VmferryError`, and
-    nothing has changed then.
+    *notify* is told QMP's events: ``STOP``, ``RESUME``, and with capability ``events``
+    ``MIGRATION`` and ``MIGRATION_PASS``; :meth:`watch` gives all there is.  What a method raises is
+    a :class:`~vmferry.errors.VmferryError`, and nothing has changed then.
     """
 
     def __init__(self, machine: LiveMachine, *, notify: Notify | None = None) -> None:
@@ -62,6 +65,7 @@ class Control:
         self._progress = Progress("setup")
         self._statistics: Statistics | None = None
         self._given_away = False
+        self._watchers: list[SimpleQueue[Event]] = []
         self._error: Exception | None = None
 
     # Settings
@@ -148,6 +152,7 @@ class Control:
                 parameters=lambda: self.parameters,
                 track=track,
                 statistics=statistics,
+                tell=self._tell,
             )
             self._source, self._statistics, self._destination = source, statistics, None
             self._begin(track, lambda: self._run_source(source))
@@ -169,7 +174,7 @@ class Control:
                     now.hello_deadline or None,
                     now.idle_deadline or None,
                 ),
-                max_ram=self.machine.memory.total,
+                max_ram=sys.maxsize,  # the sink takes what the machine has, and nothing else
                 taken=lambda: self._taken(sink),
                 loader=sink,
             )
@@ -197,6 +202,19 @@ class Control:
             if self._source is None or state != current or current != Status.PRE_SWITCHOVER:
                 raise UsageError(f"the migration is {current}, not {state}")
             self._source.proceed()
+
+    def watch(self) -> Iterator[Event]:
+        """What happens to the migration from now on, up to and with the status that ends it."""
+        events: SimpleQueue[Event] = SimpleQueue()
+        self._watchers.append(events)
+        try:
+            if self._track.current in UNDER_WAY:
+                while True:
+                    yield (event := events.get())
+                    if isinstance(event, StatusChanged) and event.status in ENDS:
+                        return
+        finally:
+            self._watchers.remove(events)
 
     def wait(self, timeout: float | None = None) -> Status:
         """Wait for the end of the migration, *timeout* seconds at most; its status."""
@@ -267,11 +285,17 @@ class Control:
             self._track.move(status)
 
     def _note(self, progress: Progress) -> None:
-        """Take note of how far it is; the first byte makes a destination active."""
+        """Take note of how far it is; guest memory makes a destination active."""
         self._progress = progress
         if self._destination is not None and progress.phase == "active":
             self._track.move_if(Status.SETUP, Status.ACTIVE)
+        self._tell(progress)
 
     def _status_changed(self, status: Status) -> None:
-        if Capability.EVENTS in self.capabilities:
-            self._notify("MIGRATION", {"status": str(status)})
+        self._tell(StatusChanged(status))
+
+    def _tell(self, event: Event) -> None:
+        for watcher in list(self._watchers):
+            watcher.put(event)
+        if Capability.EVENTS in self.capabilities and (told := to_qmp(event)) is not None:
+            self._notify(*told)

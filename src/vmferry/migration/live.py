@@ -8,15 +8,21 @@ where :class:`~vmferry.errors.InDoubt` says that this cannot be known.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Final
 
-from vmferry.errors import ChannelClosed, PeerSilent, UsageError
+from vmferry.errors import ChannelClosed, PeerSilent, UsageError, VmferryError
 from vmferry.faults import reach
+from vmferry.memory import PAGE_SIZE
+from vmferry.pages import XbzrleCache
 from vmferry.transports import Channel
 from vmferry.wire.multifd import Method
 
 from .capabilities import Capability
+from .convergence import Convergence, Decision, Round
+from .events import DowntimeRaised, Event, Pass, Stalled, Throttled
 from .handover import Stage, Word
 from .machine import LiveMachine
 from .machine_source import MachineSource
@@ -26,12 +32,19 @@ from .source import SendOptions, Source
 from .statistics import Statistics
 from .status import Status, StatusTrack
 
+_DEVICE_BYTES: Final = 1 << 16
+"""Bytes of a switchover that are not memory, more or less."""
+
+_OVERHEAD: Final = 0.005
+"""Seconds of a switchover that do not depend on the bandwidth, more or less."""
+
 
 class LiveSource:
     """Moves *machine* over channels that *connect* opens, one migration.
 
     *parameters* is asked whenever one counts, so they may change meanwhile.  *track* is moved from
-    ``setup`` to where the machine can be given away; its end is the caller's to say.
+    ``setup`` to where the machine can be given away; its end is the caller's to say.  *tell* is
+    told what happens besides.
     """
 
     def __init__(
@@ -43,30 +56,29 @@ class LiveSource:
         parameters: Callable[[], Parameters],
         track: StatusTrack,
         statistics: Statistics,
+        tell: Callable[[Event], None],
     ) -> None:
         machine.registry.check_migratable()
         self._machine = machine
         self._parameters = parameters
+        self._tell = tell
+        self._capabilities = capabilities
         self._pauses = Capability.PAUSE_BEFORE_SWITCHOVER in capabilities
         self._ignores_shared = Capability.IGNORE_SHARED in capabilities
         self._track = track
         self._statistics = statistics
         self._outgoing = MachineSource(machine, capabilities)
         self._cleanup = ExitStack()
-        self._precopy = Precopy(
-            machine.registry.handlers,
-            self._start,
-            self._another,
-            self._stop,
-            statistics,
-            self._cleanup,
-        )
+        self._convergence = Convergence(device_bytes=_DEVICE_BYTES, overhead=_OVERHEAD)
+        self._cache: XbzrleCache | None = None
+        self._synced = (0.0, 0)
+        passes = Precopy(self, machine.registry.handlers, statistics, self._cleanup)
         self._source = Source(
             self._outgoing,
             connect,
             options=self._options(capabilities),
             meter=statistics,
-            passes=self._precopy,
+            passes=passes,
         )
         self._proceed = threading.Event()
         self.has_stopped = False
@@ -127,11 +139,13 @@ class LiveSource:
 
     # What the memory passes ask for
 
-    def _start(self) -> list[DirtyBlock]:
+    def start(self) -> list[DirtyBlock]:
+        """See :class:`~.precopy.Lead`."""
         log = self._machine.dirty_log()
         self._cleanup.callback(log.stop)
         log.start()
         self._track.move(Status.ACTIVE)
+        self._synced = time.monotonic(), self._statistics.counters().transferred
         blocks = self._blocks = self._machine.memory.blocks
         return [
             DirtyBlock(block, log)
@@ -139,10 +153,43 @@ class LiveSource:
             if not (block.shared and self._ignores_shared)
         ]
 
-    def _another(self, remaining: int) -> bool:
-        return remaining > 1 << 20
+    def delta(self) -> XbzrleCache | None:
+        """See :class:`~.precopy.Lead`."""
+        if Capability.XBZRLE not in self._capabilities:
+            return None
+        size = self._parameters().xbzrle_cache_size
+        if self._cache is None:
+            self._cache = XbzrleCache(size, PAGE_SIZE)
+        elif self._cache.size != size:
+            self._cache.resize(size)
+        return self._cache
 
-    def _stop(self) -> None:
+    def moved(self) -> None:
+        """See :class:`~.precopy.Lead`."""
+        if (sample := self._statistics.sample()) is not None:
+            self._convergence.sample(sample.sent, sample.seconds)
+
+    def another(self, remaining: int) -> bool:
+        """See :class:`~.precopy.Lead`."""
+        parameters = self._parameters()
+        decision = self._convergence.round_ended(
+            self._round(remaining), parameters, self._capabilities
+        )
+        self._heed(decision)
+        self._statistics.expect(
+            dirty_rate=self._convergence.dirty_rate,
+            downtime=self._convergence.expected_downtime(remaining, parameters),
+            throttle=self._convergence.throttle,
+        )
+        return not decision.switch_over
+
+    def synced(self, remaining: int) -> None:
+        """See :class:`~.precopy.Lead`."""
+        self._statistics.synced(remaining)
+        self._tell(Pass(self._statistics.round, remaining))
+
+    def stop(self) -> None:
+        """See :class:`~.precopy.Lead`."""
         self.has_stopped = True
         self._statistics.stopped()
         self._machine.pause()
@@ -157,6 +204,24 @@ class LiveSource:
             self._track.move(Status.PRE_SWITCHOVER)
             self._await_proceed()
             self._track.move(Status.DEVICE)
+
+    def _round(self, remaining: int) -> Round:
+        """What the round that ends now was like."""
+        since, before = self._synced
+        at, sent = self._synced = time.monotonic(), self._statistics.counters().transferred
+        return Round(sent - before, at - since, remaining, remaining)
+
+    def _heed(self, decision: Decision) -> None:
+        if decision.stall is not None:
+            self._tell(Stalled(decision.stall))
+        if decision.give_up:
+            raise VmferryError(f"the migration was given up: {decision.stall}")
+        if decision.downtime_limit is not None:
+            self._tell(DowntimeRaised(decision.downtime_limit))
+        if decision.throttle is not None:
+            self._cleanup.callback(self._machine.throttle, 0)
+            self._machine.throttle(decision.throttle)
+            self._tell(Throttled(decision.throttle))
 
     def _await_proceed(self) -> None:
         deadline = self._parameters().continue_deadline

@@ -11,13 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vmferry.memory import PAGE_SIZE, DirtyLog, MemoryBlock
-from vmferry.pages import gather_pages, pack_pages, set_range, take_pages, zero_pages
+from vmferry.pages import (
+    XbzrleCache,
+    gather_pages,
+    pack_pages,
+    pack_pages_xbzrle,
+    set_range,
+    take_pages,
+    zero_pages,
+)
 from vmferry.wire.buffer import encode_name
 from vmferry.wire.multifd import pages_per_packet
 from vmferry.wire.ram import RamBlock
@@ -81,60 +89,72 @@ class DirtyBlock:
             yield out[:count]
 
 
-class Precopy:
-    """Sends the memory of a machine, and what its *handlers* have; the ``Passes`` of a source.
+class Lead(Protocol):
+    """Who leads the migration: knows the machine, and decides."""
 
-    *start* starts the log and returns the blocks.  *another* is asked after each round, with the
-    bytes that are to be sent now, whether to send them while the machine runs.  *stop* is called
-    once, and has stopped the machine when it returns.
-    """
+    def start(self) -> list[DirtyBlock]:
+        """Start the log; all that is to be sent."""
+
+    def delta(self) -> XbzrleCache | None:
+        """What the destination holds, from the second round on; ``None`` to send pages whole."""
+
+    def moved(self) -> None:
+        """Something was sent; called often."""
+
+    def another(self, remaining: int) -> bool:
+        """Whether to send so many bytes that were written while the machine runs on."""
+
+    def stop(self) -> None:
+        """Stop the machine."""
+
+    def synced(self, remaining: int) -> None:
+        """So many bytes are to be sent now."""
+
+
+class Precopy:
+    """Sends the memory of a machine, and what its *handlers* have; the ``Passes`` of a source."""
 
     def __init__(
-        self,
-        handlers: Sequence[Handler],
-        start: Callable[[], list[DirtyBlock]],
-        another: Callable[[int], bool],
-        stop: Callable[[], None],
-        statistics: Statistics,
-        cleanup: ExitStack,
+        self, lead: Lead, handlers: Sequence[Handler], statistics: Statistics, cleanup: ExitStack
     ) -> None:
+        self._lead = lead
         self._handlers = handlers
-        self._start = start
-        self._another = another
-        self._stop = stop
         self._statistics = statistics
         self._cleanup = cleanup
         self._pieces = Pieces((), 0, lambda _: None)
         self._blocks: list[DirtyBlock] = []
         self._room = bytearray(_ROOM)
         self._last_block: DirtyBlock | None = None
+        self._syncs = 0
+        self._is_last = False
 
     def begin(self, write: Callable[[bytes], object]) -> None:
         """Begin the sections of the machine's own handlers."""
         self._pieces = Pieces(self._handlers, 0, write)
         self._pieces.setup(self._cleanup)
 
-    def end(self) -> None:
-        """Write what is left of them."""
-        self._pieces.complete()
-
     def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
         """A section for each round."""
-        self._blocks = self._start()
+        self._blocks = self._lead.start()
         for block in self._blocks:
             block.add_all()
-        self._statistics.synced(sum(block.memory.size for block in self._blocks))
+        self._lead.synced(sum(block.memory.size for block in self._blocks))
         going_on = True
         while going_on:
-            yield self._round(pages)
+            yield self._round(pages, None if self._syncs == 0 else self._lead.delta())
             self._pieces.iterate()
-            going_on = self._another(self._collect() + self._pieces.pending())
+            going_on = self._lead.another(self._collect() + self._pieces.pending())
 
     def rest(self, pages: PageSender | None) -> Iterator[Batch]:
         """Stop the machine, and send what it wrote last."""
-        self._stop()
+        self._lead.stop()
         self._collect()
-        return self._round(pages)
+        self._is_last = True
+        return self._round(pages, self._lead.delta())
+
+    def end(self) -> None:
+        """Write what is left of the handlers' sections."""
+        self._pieces.complete()
 
     def done(self) -> None:
         """The downtime is over."""
@@ -143,24 +163,29 @@ class Precopy:
     def _collect(self) -> int:
         """Find what was written; how many bytes are to be sent now."""
         remaining = sum(block.collect() for block in self._blocks) * PAGE_SIZE
-        self._statistics.synced(remaining)
+        self._syncs += 1
+        self._lead.synced(remaining)
         return remaining
 
-    def _round(self, pages: PageSender | None) -> Iterator[Batch]:
+    def _round(self, pages: PageSender | None, delta: XbzrleCache | None) -> Iterator[Batch]:
+        base = 0
         for block in self._blocks:
-            if pages is None:
-                for numbers in block.take():
-                    yield from self._pack(block, numbers)
-            else:
-                for numbers in block.take(pages_per_packet(PAGE_SIZE)):
+            for numbers in block.take(_TAKE if pages is None else pages_per_packet(PAGE_SIZE)):
+                if pages is not None:
                     yield from self._pack(block, _hand_over(pages, block, numbers))
+                elif delta is not None:
+                    yield from self._pack_delta(delta, block, numbers, base)
+                else:
+                    yield from self._pack(block, numbers)
+                self._lead.moved()
+            base += block.memory.pages
 
     def _pack(self, block: DirtyBlock, numbers: Numbers) -> Iterator[Batch]:
         """Records of pages, for the main channel."""
         first = 0
         while first < len(numbers):
             named, self._last_block = block is not self._last_block, block
-            next_, used, zero = pack_pages(
+            following, used, zero = pack_pages(
                 block.memory.array,
                 numbers,
                 first,
@@ -170,8 +195,38 @@ class Precopy:
                 self._room,
                 block.known,
             )
-            yield Batch(memoryview(self._room)[:used], next_ - first - zero, zero)
-            first = next_
+            yield Batch(memoryview(self._room)[:used], following - first - zero, zero)
+            first = following
+
+    def _pack_delta(
+        self, cache: XbzrleCache, block: DirtyBlock, numbers: Numbers, base: int
+    ) -> Iterator[Batch]:
+        """As :meth:`_pack`, for pages that the destination may have in an older state."""
+        first = 0
+        while first < len(numbers):
+            packed = pack_pages_xbzrle(
+                cache,
+                block.memory.array,
+                numbers,
+                first,
+                PAGE_SIZE,
+                block.name,
+                block is not self._last_block,
+                base,
+                self._syncs,
+                self._is_last,
+                self._room,
+            )
+            first = packed.following
+            self._statistics.count(
+                xbzrle_pages=packed.pages,
+                xbzrle_bytes=packed.bytes,
+                xbzrle_misses=packed.cache_miss,
+                xbzrle_overflows=packed.overflow,
+            )
+            if packed.size:
+                self._last_block = block
+                yield Batch(memoryview(self._room)[: packed.size], packed.normal, packed.zeros)
 
 
 def _hand_over(pages: PageSender, block: DirtyBlock, numbers: Numbers) -> Numbers:

@@ -62,8 +62,8 @@ class Counters:
 
     @property
     def pages(self) -> int:
-        """Pages that were sent, in whatever form."""
-        return self.normal + self.zero + self.xbzrle_pages
+        """Pages that were dealt with; those whose differences overflow are normal ones too."""
+        return self.normal + self.zero + self.xbzrle_pages - self.xbzrle_overflows
 
 
 Report = Callable[[Progress], None]
@@ -132,6 +132,11 @@ class Meter:
         """Guest memory is known, and begins to move."""
         self._ram_total, self._page_size = ram_total, page_size
         self.phase("active")
+
+    @property
+    def round(self) -> int:
+        """Passes over guest memory that have begun."""
+        return self._round
 
     def next_round(self) -> None:
         """A new pass over guest memory began."""
