@@ -1,10 +1,9 @@
 """QEMU's own scripts, as a second opinion; they do not ship with vmferry.
 
 The environment variable VMFERRY_ANALYZE_MIGRATION names ``scripts/analyze-migration.py``, beside
-which the others lie, or says ``fetch``: then they are taken from Debian's source package of QEMU
-7.2 with apt, into a directory of their own, and nothing of the system changes.  That reads 34 MB
-from the mirror and takes some seconds.  Once fetched, for use in several runs:
-``python -m tests.vmstate.analyze DIRECTORY`` prints the path for the variable.
+which the others lie, or says ``fetch``: then they are taken from Debian's source package.  Once
+fetched, for use in several runs: ``python -m tests.vmstate.analyze DIRECTORY`` prints the path for
+the variable.
 """
 
 from __future__ import annotations
@@ -18,15 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.support.qemu_source import fetch
+
 VARIABLE = "VMFERRY_ANALYZE_MIGRATION"
 
-_SOURCES = """\
-Types: deb-src
-URIs: {mirror}
-Suites: {release}
-Components: main
-Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-"""
 ANALYZE = "analyze-migration.py"
 CHECKER = "vmstate-static-checker.py"
 
@@ -47,45 +41,8 @@ def _fetched() -> Path:
 
 def fetch_scripts(directory: Path) -> Path:
     """Take the scripts from Debian's source package; leaves nothing else in *directory*."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        parts, lists = Path(scratch, "parts"), Path(scratch, "lists", "partial")
-        parts.mkdir()
-        lists.mkdir(parents=True)
-        (parts / "qemu.sources").write_text(_sources())
-        options = [
-            *("-o", "Dir::Etc::SourceList=/dev/null", "-o", f"Dir::Etc::SourceParts={parts}"),
-            *("-o", f"Dir::State::Lists={lists.parent}", "-o", f"Dir::Cache={scratch}"),
-            *("-o", "APT::Sandbox::User="),
-        ]
-        _run("apt-get", *options, "-q", "update", cwd=scratch)
-        _run("apt-get", *options, "-q", "source", "--tar-only", "qemu", cwd=scratch)
-        (archive,) = Path(scratch).glob("qemu_*.orig.tar.*")
-        names = (ANALYZE, CHECKER)
-        members = [f"*/scripts/{name}" for name in names]
-        unpack = ("tar", "-xf", archive.name, "--wildcards", "--strip-components=2")
-        _run(*unpack, *members, cwd=scratch)
-        for name in names:
-            Path(scratch, name).rename(directory / name)
-        return directory / ANALYZE
-
-
-def _sources() -> str:
-    """The sources of the release and mirror that this machine takes its packages from."""
-    form = "$(REPO_URI) $(RELEASE) $(COMPONENT)"
-    targets = _run("apt-get", "indextargets", "--format", form, "Created-By: Packages").split("\n")
-    found = [target.split() for target in targets if target.endswith(" main")]
-    mirror, release, _ = min(found, key=lambda target: len(target[1]))
-    return _SOURCES.format(mirror=mirror, release=release)
-
-
-def _run(*command: str, cwd: str | None = None) -> str:
-    done = subprocess.run(
-        command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
-    return done.stdout
+    fetch(directory, *(f"scripts/{name}" for name in (ANALYZE, CHECKER)))
+    return directory / ANALYZE
 
 
 def analyze(script: Path, stream: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from vmferry.pages.cache import EMPTY, XbzrleCache, XbzrlePacked
 from vmferry.pages.rows import CONTINUE, PAGE, XBZRLE, ZERO
 
-from .live import checked, view
+from .live import checked, is_zero, view
 from .types import U8, U64, Memory
 from .xbzrle import xbzrle_encode
 
@@ -81,7 +81,7 @@ class _Work:
         page = bytes(memory)
         slot = tag % len(self._cache.tags)
         hit = self._cache.tags[slot] == tag
-        if not any(page):
+        if is_zero(page):
             self.zeros += 1
             self._keep(slot, tag, page)
             return ZERO, b"\0"

@@ -120,15 +120,20 @@ def _apply(kind: int, payload: bytes, page: memoryview, known: memoryview) -> bo
             known[0] = 1
             return xbzrle_decode(payload, page)
         case 0x008:
-            if known[0] or any(payload):
+            if known[0] or not is_zero(payload):
                 known[0] = 1
                 page[:] = payload
         case 0x002:
-            if known[0] and any(page):
+            if known[0] and not is_zero(bytes(page)):
                 page[:] = bytes(len(page))
         case _:
             return False
     return True
+
+
+def is_zero(page: bytes) -> bool:
+    """Whether all bytes are 0."""
+    return page == bytes(len(page))
 
 
 def checked(
@@ -153,4 +158,4 @@ def _content(memory: memoryview, page: int, page_size: int, known: memoryview) -
     if len(known) and not known[page]:
         return b""
     content = bytes(memory[page * page_size : (page + 1) * page_size])
-    return content if any(content) else b""
+    return b"" if is_zero(content) else content
