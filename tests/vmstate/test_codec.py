@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -18,6 +19,7 @@ from vmferry.vmstate import (
     Array,
     Bitmap,
     Buffer,
+    Custom,
     Gap,
     Local,
     Queue,
@@ -515,6 +517,85 @@ def test_an_unmigratable_device_says_why() -> None:
 
     with pytest.raises(StateError, match=r"passthrough: .*found it holds a physical function"):
         save(Device())
+
+
+class Careless:
+    """A codec that does as it is told, whatever that is."""
+
+    type = "careless"
+
+    def save(self, value: Any) -> Any:
+        return value
+
+    def load(self, data: memoryview) -> Any:
+        """What stands behind a length, or whatever goes wrong where it does not."""
+        if data[0] == 99:
+            return struct.unpack(">I", data[1:3])
+        if data[0] > 99:
+            return b"", data[0] - 256
+        return bytes(data[1 : 1 + data[0]]), 1 + data[0]
+
+
+@device("careless")
+@dataclass
+class Coded:
+    text: Annotated[Any, Custom(Careless())] = b"\0"
+    x: U8 = 0
+
+
+@pytest.mark.parametrize("value", ["text", None, 3, [1], memoryview(b"abcd").cast("H")])
+def test_what_a_codec_gives_has_to_be_bytes(value: Any) -> None:
+    with pytest.raises(StateError, match=r"careless\.text: expected bytes of .*Careless\.save,"):
+        save(Coded(value))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "a state that .*Careless.load accepts, found index out of bounds"),
+        (b"\x05ab", "6 bytes, found 3, and the end of the state"),
+        (b"\x63abcd", "a state that .*Careless.load accepts, found unpack requires a buffer of 4"),
+        (b"\xff", "a value and its bytes from .*Careless.load, found -1 bytes"),
+    ],
+)
+def test_a_codec_need_not_look_where_the_state_ends(data: bytes, message: str) -> None:
+    with pytest.raises(StateError, match=rf"careless\.text: expected {message}"):
+        load(Coded(), data, 1)
+
+
+def test_bytes_may_be_any_view_of_bytes() -> None:
+    @device("viewed")
+    @dataclass
+    class Viewed:
+        data: Annotated[bytes, Buffer(4)] = bytes(4)
+
+    every_other: Any = memoryview(b"a.b.c.d.")[::2]
+    assert save(Viewed(every_other)) == b"abcd"
+
+
+def test_setters_may_refuse_what_was_loaded() -> None:
+    @device("strict")
+    class Strict:
+        mode: U8
+        level: U8
+
+        def __init__(self) -> None:
+            self.level = 0
+            self._mode = 0
+
+        @property  # type: ignore[no-redef]
+        def mode(self) -> int:
+            return self._mode
+
+        @mode.setter
+        def mode(self, mode: int) -> None:
+            if mode > 3:
+                raise ValueError(f"no mode {mode}")
+            self._mode = mode
+
+    load(Strict(), b"\3\0", 1)
+    with pytest.raises(StateError, match=r"strict: .* that .*Strict accepts, found no mode"):
+        load(Strict(), b"\4\0", 1)
 
 
 def test_saving_does_not_change_what_is_saved() -> None:

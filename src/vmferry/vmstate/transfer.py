@@ -9,7 +9,7 @@ from vmferry.errors import StateError, UsageError
 
 from .codec import check_version, compile_plan
 from .plan import PLAN, Plan
-from .staging import Loader, Saver
+from .staging import Loader, Saver, run_hook
 
 
 def save(obj: object) -> bytes:
@@ -53,19 +53,19 @@ def save_described(obj: object, *, before: bytes = b"", behind: bytes = b"") -> 
 class Staged:
     """A state that has decoded whole, and is not assigned yet; ``size`` is its bytes."""
 
-    def __init__(self, name: str, size: int, loader: Loader) -> None:
+    def __init__(self, plan: Plan, size: int, loader: Loader) -> None:
         self.size = size
-        self._name = name
+        self._plan = plan
         self._loader = loader
 
     def commit(self) -> None:
         """Assign it, and run what takes notice: temporaries and ``post_load``, innermost first."""
-        self._loader.commit()
         try:
+            run_hook(self._plan.cls.__qualname__, self._loader.commit)
             for hook in self._loader.after:
                 hook()
         except StateError as error:
-            raise error.inside(self._name) from error.__cause__
+            raise error.inside(self._plan.name) from error.__cause__
 
 
 def stage(obj: object, data: bytes | bytearray | memoryview, version: int) -> Staged:
@@ -82,7 +82,7 @@ def stage(obj: object, data: bytes | bytearray | memoryview, version: int) -> St
         compile_plan(plan, version).load_into(loader, obj)
     except StateError as error:
         raise error.inside(plan.name) from error.__cause__
-    return Staged(plan.name, loader.at, loader)
+    return Staged(plan, loader.at, loader)
 
 
 def load(obj: object, data: bytes | bytearray | memoryview, version: int) -> None:

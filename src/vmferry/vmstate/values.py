@@ -114,7 +114,7 @@ class Bytes:
         kind = self.kind
         if not isinstance(value, bytes | bytearray | memoryview):
             raise StateError("bytes", shown(value))
-        view = memoryview(value).cast("B")
+        view = flat(value)
         if kind.count is not None:
             check_length(len(view), getattr(owner, kind.count), kind.count, kind.size)
         elif len(view) != kind.total:
@@ -177,16 +177,34 @@ class Custom:
 
     def save(self, value: Any, _owner: Any, saver: Saver) -> str:
         """Add the bytes of *value*."""
-        data = run_hook(self.kind.type, self.kind.codec.save, value)
+        data = run_hook(self.name("save"), self.kind.codec.save, value)
+        if not isinstance(data, bytes | bytearray):
+            raise StateError(f"bytes of {self.name('save')}", shown(data))
         saver.parts.append(data)
         return texts.value(self.kind.type, len(data))
 
     def load(self, loader: Loader, _frame: Frame, _current: Any) -> Any:
         """Take the bytes."""
-        codec = self.kind.codec
-        value, size = run_hook(codec.type, codec.load, loader.data[loader.at :])
+        name = self.name("load")
+        try:
+            value, size = run_hook(name, self.kind.codec.load, loader.data[loader.at :])
+        except (LookupError, struct.error) as error:
+            # What reading behind the end comes to.
+            raise StateError(f"a state that {name} accepts", str(error)) from error
+        if size < 0:
+            raise StateError(f"a value and its bytes from {name}", f"{size} bytes")
         loader.take(size)
         return value
+
+    def name(self, method: str) -> str:
+        """What errors call a method of the codec."""
+        return f"{type(self.kind.codec).__qualname__}.{method}"
+
+
+def flat(value: bytes | bytearray | memoryview) -> memoryview:
+    """A view of the bytes, or of a copy where they do not lie one behind the other."""
+    view = memoryview(value)
+    return view.cast("B") if view.contiguous else memoryview(view.tobytes())
 
 
 def check_length(found: int, count: Any, name: str, bound: int) -> None:
