@@ -101,7 +101,7 @@ def test_what_breaks_is_shown_by_direction_and_device(old: Path, new: Path) -> N
         f"{old} into {new}: loads (1 note)",
         "  serial",
         f"    note       serial.lcr: {later}",
-        f"{new} into {old}: breaks (1 breaks)",
+        f"{new} into {old}: breaks (1 break)",
         "  serial",
         "    breaks     serial: version too new: expected at most version 1, found version 2",
         "               -> keep the version and put what is new into a subsection",

@@ -214,7 +214,7 @@ NODE = b"\1" + bytes(7) + b"\1"
         (b"\7\0\0\0\2", b"\7\0\0\0\3", "timer.level: expected 0 to 2, which this device has"),
         (b"\7\0\0\0\2", b"\7\xff\xff\xff\xff", "timer.level: expected 0 to 2"),
         (b"\0\0\0\2\1", b"\0\0\0\2\2", "timer.armed: expected a bool of 0 or 1, found 2"),
-        (b"\0\5\2", b"\0\5\4", "timer.some: expected at most 3 elements, found n of 4, times 1"),
+        (b"\0\5\2", b"\0\5\4", "timer.some: expected at most 3 elements, found n of 4"),
         (b"hi\1\0", b"hi\1\2", "timer.flags[1]: expected a bool of 0 or 1, found 2"),
         (b"\x30\1", b"\x31\1", "timer.pointers[0]: expected the mark of a NULL pointer, 0x30"),
         (b"\1\2\0\2\0", b"\2\2\0\2\0", "timer.queue: expected the mark of an element (1)"),

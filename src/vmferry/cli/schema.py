@@ -25,6 +25,7 @@ SCHEMA: Final = 1
 """The version of the JSON; ``docs/schema.md`` has it in full."""
 
 _SEVERITY: Final = 11
+_COUNTED: Final = {"breaks": "break", "may-break": "possible break", "note": "note"}
 _WIDTH: Final = 60
 
 verbs = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -210,7 +211,11 @@ def _verdict(findings: Sequence[Finding]) -> str:
     }
     if not findings:
         return "loads"
-    counted = ", ".join(f"{count} {severity.words}" for severity, count in counts.items() if count)
+    counted = ", ".join(
+        f"{count} {_COUNTED[severity.value]}{'s' * (count != 1)}"
+        for severity, count in counts.items()
+        if count
+    )
     if counts[Severity.BREAKS]:
         return f"breaks ({counted})"
     return f"{'may break' if counts[Severity.MAY_BREAK] else 'loads'} ({counted})"

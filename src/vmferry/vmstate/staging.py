@@ -61,7 +61,8 @@ class Loader:
         """Pass *size* bytes, and say where they begin."""
         at = self.at
         if size > len(self.data) - at:
-            raise StateError(f"{size} bytes", f"{len(self.data) - at}, and the end of the state")
+            wanted = f"{size} byte{'s' * (size != 1)}"
+            raise StateError(wanted, f"{len(self.data) - at}, and the end of the state")
         self.at = at + size
         return at
 

@@ -216,7 +216,8 @@ def check_length(found: int, count: Any, name: str, bound: int) -> None:
 def bounded(count: int, name: str, multiple: int, bound: int) -> int:
     """The elements to load, by a count from the stream."""
     if not 0 <= count <= bound // multiple:
-        raise StateError(f"at most {bound} elements", f"{name} of {count}, times {multiple}")
+        times = f", times {multiple}" if multiple > 1 else ""
+        raise StateError(f"at most {bound} elements", f"{name} of {count}{times}")
     return count * multiple
 
 
