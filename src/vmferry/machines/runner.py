@@ -154,7 +154,7 @@ class Runner:
                 self._changed.notify_all()
 
     def _halt(self, index: int) -> None:
-        """Wait for the alarm; whoever holds the vCPU ends that, and it may look again."""
+        """Wait for the alarm; where the vCPU is held meanwhile, it may run on without."""
         with self._changed:
             self._changed.wait_for(lambda: self._holds or self._closing, self._until_alarm(index))
 

@@ -120,6 +120,6 @@ class Console:
         match match[1], [int(number, 16) for number in match[2].split()]:
             case "E", [vcpu, kind, page, expected, found]:
                 self.reports.append(Report(vcpu, kind, page, expected, found))
-            case tag, [guest, wall, hot, cold]:
+            case "F" | "H" as tag, [guest, wall, hot, cold]:
                 self.beats.append(Heartbeat(guest, wall, hot, cold, filled=tag == "H"))
                 self.count += 1

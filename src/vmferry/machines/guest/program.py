@@ -1,4 +1,8 @@
-"""The guest as an image, and its memory as it is before the first instruction."""
+"""The guest as an image, and its memory as it is before the first instruction.
+
+No instruction of it reads, changes and writes the same memory (``inc [rbx]``): the emulator may
+execute the last one before a pause twice (:mod:`vmferry.machines.unicorn.host`).
+"""
 
 from __future__ import annotations
 

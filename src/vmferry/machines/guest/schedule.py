@@ -88,11 +88,10 @@ go:
     89 e8                       ; mov eax, ebp
 walk:
     50                          ; push rax
-next:
     e8 {step.R}                 ; call step
-    48 ff 0c 24                 ; dec qword [rsp]
-    75 {next.r}                 ; jnz next
     58                          ; pop rax
+    48 ff c8                    ; dec rax
+    75 {walk.r}                 ; jnz walk
 duties:
     48 83 7b {INDEX.b} 00       ; cmp qword [rbx+INDEX], 0
     0f 85 {loop.R}              ; jne loop

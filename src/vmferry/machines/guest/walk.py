@@ -1,6 +1,7 @@
 """One step of the walk: a page that is rewritten, and a page that is only read.
 
-``step`` also holds the counters against one another.  ``verify`` takes the page in r11 and the
+``step`` also holds the counters against one another; each is counted by itself, so that one that
+is wrong stays wrong.  ``verify`` takes the page in r11 and the
 sequence number to expect in r10, ``stamp`` the one to write, and the number of lines in rcx.
 What is wrong is left in the block, by kind: 1 lost, 2 misplaced, 3 stale, 4 torn, 5 registers and
 6 counters that disagree.
@@ -72,8 +73,11 @@ hot:
     49 ff c2                    ; inc r10
     e8 {stamp.R}                ; call stamp
     49 ff c4                    ; inc r12
-    66 49 0f 6e f4              ; movq xmm6, r12
-    4c 89 63 {HOT_STEPS.b}      ; mov [rbx+HOT_STEPS], r12
+    66 0f 76 c0                 ; pcmpeqd xmm0, xmm0
+    66 0f fb f0                 ; psubq xmm6, xmm0
+    48 8b 43 {HOT_STEPS.b}      ; mov rax, [rbx+HOT_STEPS]
+    48 ff c0                    ; inc rax
+    48 89 43 {HOT_STEPS.b}      ; mov [rbx+HOT_STEPS], rax
 cold:
     48 8b 4b {COLD_COUNT.b}     ; mov rcx, [rbx+COLD_COUNT]
     48 85 c9                    ; test rcx, rcx
@@ -94,8 +98,11 @@ fill:
     e8 {stamp.R}                ; call stamp
 colder:
     49 ff c5                    ; inc r13
-    66 49 0f 6e fd              ; movq xmm7, r13
-    4c 89 6b {COLD_STEPS.b}     ; mov [rbx+COLD_STEPS], r13
+    66 0f 76 c0                 ; pcmpeqd xmm0, xmm0
+    66 0f fb f8                 ; psubq xmm7, xmm0
+    48 8b 43 {COLD_STEPS.b}     ; mov rax, [rbx+COLD_STEPS]
+    48 ff c0                    ; inc rax
+    48 89 43 {COLD_STEPS.b}     ; mov [rbx+COLD_STEPS], rax
 walked:
     c3                          ; ret
 verify:

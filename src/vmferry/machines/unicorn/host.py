@@ -1,8 +1,14 @@
 """vCPUs on the Unicorn emulator: one engine each, over the same memory of this process.
 
-An engine is run by one thread and knows nothing of the others, so atomic instructions are atomic
-on one vCPU only.  Guest-physical memory that is neither RAM nor in the hole for devices, from
-3 to 4 GiB, ends the machine when it is touched.
+Two things are not as on a processor.  An engine is run by one thread and knows nothing of the
+others, so atomic instructions are atomic on one vCPU only.  And an engine that is stopped looks for
+that behind each load and each store, and goes on from the beginning of the instruction
+(``check_exit_request`` of Unicorn 2.1): one that reads, changes and writes the same memory, such as
+``inc [rbx]``, may change it twice, and a load from a device may happen twice.  Stopping between
+instructions (``count`` of ``emu_start``) would be exact, and makes the guest three times slower.
+
+Guest-physical memory that is neither RAM nor in the hole for devices, from 3 to 4 GiB, ends the
+machine when it is touched.
 """
 
 from __future__ import annotations

@@ -1,0 +1,103 @@
+"""Hosted machines for tests: of every kind that this host can run, and what is done with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vmferry
+from vmferry.machines import GuestConfig, HostedMachine, MachineConfig, create
+from vmferry.machines.cpu_state import CpuState
+from vmferry.machines.guest.console import Console
+from vmferry.machines.observer import check
+
+MIB = 1 << 20
+PAGE = 4096
+
+_NO_KVM = "/dev/kvm is missing or may not be used"
+KINDS = [
+    "unicorn",
+    pytest.param(
+        "kvm",
+        marks=pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason=_NO_KVM),
+    ),
+]
+
+
+def config(kind: str, *, cpus: int = 1, ram: int = 8 * MIB, **guest: object) -> MachineConfig:
+    """A small machine."""
+    guest = {"working_set": MIB, "heartbeat": 0.01} | guest
+    return MachineConfig(kind=kind, ram=ram, cpus=cpus, guest=GuestConfig(**guest))  # type: ignore[arg-type]
+
+
+class Hosted:
+    """A machine and its console."""
+
+    def __init__(self, config: MachineConfig, stack: ExitStack) -> None:
+        self.config = config
+        self.console = Console()
+        self.machine: HostedMachine = stack.enter_context(create(config, serial=self.console.feed))
+
+    @property
+    def ram(self) -> np.ndarray:
+        return self.machine.memory["ram"].array
+
+    def page(self, number: int) -> np.ndarray:
+        """A page of the working set."""
+        start = self.machine.layout.base + number * PAGE
+        return self.ram[start : start + PAGE]
+
+    def counters(self, vcpu: int = 0) -> np.ndarray:
+        """The words of a vCPU's block; see BLOCK."""
+        start = self.machine.layout.block(vcpu)
+        return self.ram[start : start + PAGE].view("<u8")
+
+    def cpu(self, vcpu: int = 0) -> CpuState:
+        """What a vCPU of the paused machine holds; ``post_load`` gives it back."""
+        section = self.machine.registry.find("cpu", vcpu)
+        assert section is not None
+        assert isinstance(section.owner, CpuState)
+        section.owner.pre_save()
+        return section.owner
+
+    def run_until_filled(self) -> Hosted:
+        self.machine.start()
+        self.console.wait_filled()
+        return self
+
+    def run_on(self) -> None:
+        """Run until the guest has walked over all of its pages twice more."""
+        target = self.console.wait_beat()
+        pages = self.machine.layout.pages
+        while (
+            beat := self.console.wait_beat()
+        ).hot + beat.cold < target.hot + target.cold + 2 * pages:
+            pass
+
+    def findings(self) -> list[str]:
+        """What the observer says of the machine, which is paused for it."""
+        self.machine.pause()
+        return [finding.text for finding in check(self.machine.memory, self.config)]
+
+
+def move(source: Hosted, target: Hosted, directory: Path) -> None:
+    """The whole state of a paused machine into another that never ran."""
+    source.machine.pause()
+    vmferry.save(source.machine, directory / "state")
+    target.ram[:] = source.ram
+    vmferry.load(target.machine, directory / "state")
+
+
+Start = Callable[..., Hosted]
+
+
+@pytest.fixture
+def hosted() -> Iterator[Start]:
+    """Makes machines that end with the test."""
+    with ExitStack() as stack:
+        yield lambda kind, **options: Hosted(config(kind, **options), stack)
