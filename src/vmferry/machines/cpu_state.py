@@ -11,7 +11,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
-from vmferry.vmstate import U8, U16, U32, U64, Array, Buffer, Local, device, state
+from vmferry.vmstate import (
+    U8,
+    U16,
+    U32,
+    U64,
+    Array,
+    Buffer,
+    Local,
+    device,
+    state,
+    subsection,
+)
+
+from .cpu_subsections import Cpuid, Events, OtherMsrs, Xsave
 
 RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI = range(8)
 
@@ -125,6 +138,10 @@ class CpuState:
     )
     fpu: Fpu = field(default_factory=Fpu)
     msrs: Msrs = field(default_factory=Msrs)
+    cpuid: Annotated[Cpuid | None, subsection] = None
+    xsave: Annotated[Xsave | None, subsection] = None
+    other_msrs: Annotated[OtherMsrs | None, subsection] = None
+    events: Annotated[Events | None, subsection] = None
 
     def pre_save(self) -> None:
         """Take what the vCPU holds."""
