@@ -25,6 +25,7 @@ from .errors import (
     UsageError,
     VmferryError,
 )
+from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from .migration.source import SendOptions
     from .wire.multifd import Method
     from .wire.reader import Tolerate
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Checkpoint": "checkpoint.checkpoint",

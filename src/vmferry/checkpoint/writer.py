@@ -20,9 +20,9 @@ from typing import Final, Self
 
 import numpy as np
 
-from vmferry import __version__
 from vmferry.errors import LimitExceeded, StorageError, StreamError
 from vmferry.pages import PAGE, ZERO, rows_of
+from vmferry.version import __version__
 from vmferry.wire import limits
 from vmferry.wire.bitmap import BitmapRecord, BitmapsEnd, BitmapStart
 from vmferry.wire.configuration import Configuration
