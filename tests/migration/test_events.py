@@ -16,8 +16,8 @@ from vmferry.migration.events import (
     Throttled,
     to_qmp,
 )
-from vmferry.migration.progress import Progress
 from vmferry.migration.stall import Stall
+from vmferry.migration.statistics import LiveProgress
 from vmferry.migration.status import Status
 from vmferry.qemu import QemuProcess
 
@@ -33,7 +33,7 @@ def test_statuses_and_passes_are_events_of_qmp() -> None:
 @pytest.mark.parametrize(
     "event",
     [
-        Progress("active"),
+        LiveProgress("active"),
         Throttled(20),
         DowntimeRaised(450),
         Stalled(Stall(5, 2.5, 1 << 20, 1.0, 1.0, 300)),

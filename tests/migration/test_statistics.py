@@ -17,9 +17,8 @@ from tests.migration.peers import SHUT, Peer, unanswered
 from tests.migration.races import at_once
 from vmferry.migration.capabilities import Capability
 from vmferry.migration.parameters import Parameters, changed
-from vmferry.migration.progress import Progress
 from vmferry.migration.rates import Period
-from vmferry.migration.statistics import Sample, Statistics, query_incoming
+from vmferry.migration.statistics import LiveProgress, Sample, Statistics, query_incoming
 from vmferry.migration.status import Status
 from vmferry.migration.throttling import Throttling
 from vmferry.qemu import QemuProcess
@@ -189,7 +188,7 @@ def test_xbzrle() -> None:
 
 
 def test_reports_have_what_a_running_machine_has() -> None:
-    told: list[Progress] = []
+    told: list[object] = []
     statistics = Statistics(told.append, clock=Clock())
     statistics.synced(1 << 20)
     statistics.active(1 << 20, PAGE)
@@ -197,6 +196,7 @@ def test_reports_have_what_a_running_machine_has() -> None:
     statistics.count(normal=1)
     statistics.tick(force=True)
     last = told[-1]
+    assert isinstance(last, LiveProgress)
     assert (last.round, last.remaining) == (1, (1 << 20) - PAGE)
     assert (last.dirty_rate, last.expected_downtime, last.throttle) == (5.0, 0.5, 30)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .progress import Progress
 from .stall import Stall
+from .statistics import LiveProgress
 from .status import Status
 
 
@@ -49,9 +49,8 @@ class Stalled:
     report: Stall
 
 
-Event = StatusChanged | Pass | Progress | Throttled | DowntimeRaised | Stalled
-"""Everything that happens; a :class:`~vmferry.migration.progress.Progress` every tenth of a second
-or so."""
+Event = StatusChanged | Pass | LiveProgress | Throttled | DowntimeRaised | Stalled
+"""Everything that happens; a :class:`LiveProgress` every tenth of a second or so."""
 
 
 def to_qmp(event: Event) -> tuple[str, dict[str, object]] | None:

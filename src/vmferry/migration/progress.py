@@ -21,10 +21,6 @@ class Progress:
     in bytes per second since the report before, ``elapsed`` in seconds since the first byte.
     ``ram_total`` and ``page_size`` are 0 until guest memory is known.  ``round`` counts passes over
     it from 1; pages of later rounds are sent again because the machine wrote to them.
-
-    What only a running machine has is 0 or ``None`` elsewhere: ``remaining`` bytes of this round,
-    ``dirty_rate`` in bytes per second, ``expected_downtime`` in seconds, and ``throttle``, the
-    percentage of time for which the machine is kept from running.
     """
 
     phase: str
@@ -36,10 +32,6 @@ class Progress:
     round: int = 0
     rate: float = 0.0
     elapsed: float = 0.0
-    remaining: int = 0
-    dirty_rate: float = 0.0
-    expected_downtime: float | None = None
-    throttle: int = 0
 
 
 @dataclass(slots=True)

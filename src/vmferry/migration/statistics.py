@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from .capabilities import Capability
@@ -27,6 +27,21 @@ class Sample:
 
     sent: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LiveProgress(Progress):
+    """A moment of the migration of a running machine, whose status is ``phase``.
+
+    ``remaining`` bytes of this round, ``dirty_rate`` in bytes per second, ``expected_downtime`` in
+    seconds where it is known, and ``throttle``, the percentage of time for which the machine is
+    kept from running.
+    """
+
+    remaining: int = 0
+    dirty_rate: float = 0.0
+    expected_downtime: float | None = None
+    throttle: int = 0
 
 
 class Statistics(Meter):
@@ -200,9 +215,9 @@ class Statistics(Meter):
             encoded = (now.xbzrle_pages - before.xbzrle_pages) * self._page_size
             self._encoding_rate = encoded / max(now.xbzrle_bytes - before.xbzrle_bytes, 1)
 
-    def _now(self) -> Progress:
-        return replace(
-            super()._now(),
+    def _now(self) -> LiveProgress:
+        return LiveProgress(
+            **asdict(super()._now()),
             remaining=self.remaining,
             dirty_rate=self._dirty_rate,
             expected_downtime=self._expected,
