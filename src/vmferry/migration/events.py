@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .progress import Progress
 from .stall import Stall
-from .statistics import LiveProgress
 from .status import Status
 
 
@@ -49,8 +49,9 @@ class Stalled:
     report: Stall
 
 
-Event = StatusChanged | Pass | LiveProgress | Throttled | DowntimeRaised | Stalled
-"""Everything that happens; a :class:`LiveProgress` every tenth of a second or so."""
+Event = StatusChanged | Pass | Progress | Throttled | DowntimeRaised | Stalled
+"""Everything that happens; progress every tenth of a second or so, that of a source as
+:class:`~vmferry.migration.statistics.LiveProgress`."""
 
 
 def to_qmp(event: Event) -> tuple[str, dict[str, object]] | None:

@@ -39,8 +39,9 @@ class Counters:
     """What has moved so far.
 
     ``transferred`` counts bytes on all channels, ``multifd`` those of them on multifd channels.
-    ``xbzrle_pages`` were sent as ``xbzrle_bytes`` of differences; ``xbzrle_misses`` were not in the
-    cache, ``xbzrle_overflows`` would have become larger than a page.
+    ``xbzrle_pages`` were found in the cache and became ``xbzrle_bytes``; the differences of
+    ``xbzrle_overflows`` of them took more than a page, which was sent as a normal one.
+    ``xbzrle_misses`` were not in the cache.
     """
 
     transferred: int = 0
