@@ -114,7 +114,7 @@ class KvmVcpu:
                 try:
                     self._access(reason, self._bus)
                 except BaseException:
-                    self._complete()
+                    self._abandon(reason)
                     raise
             case Reason.SHUTDOWN:
                 raise self._failure("a triple fault")
@@ -155,11 +155,12 @@ class KvmVcpu:
             at = _UNION + 8
             self._map[at : at + size] = bus.memory_read(address, size).to_bytes(size, "little")
 
-    def _complete(self) -> None:
-        """End the instruction whose access failed; what it still needs reads as all ones."""
-        self._header.immediate_exit = 1
-        while (reason := self._enter()) in {Reason.IO, Reason.MMIO}:
+    def _abandon(self, reason: Reason | None) -> None:
+        """End the instruction whose access failed, as one that no device answers."""
+        while reason is Reason.IO or reason is Reason.MMIO:
             self._access(reason, _Nothing())
+            self._header.immediate_exit = 1
+            reason = self._enter()
 
     # State
 
