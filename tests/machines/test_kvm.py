@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from vmferry.machines.cpu_state import RAX, RCX, RSP, CpuState
 from vmferry.machines.kvm import CpuFailure, KvmHost, abi
 from vmferry.machines.kvm.system import Kvm
 
-from .small import CODE, DATA, DEADLINE, DEVICE, Recorder, Running, need_kvm, small
+from .small import CODE, DATA, DEVICE, Recorder, Running, need_kvm, small, wait_until
 
 FOREVER = "eb fe"  # jmp to itself
 
@@ -24,13 +23,6 @@ FOREVER = "eb fe"  # jmp to itself
 @pytest.fixture(autouse=True)
 def _kvm() -> None:
     need_kvm()
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 # Exits

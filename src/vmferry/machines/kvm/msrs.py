@@ -12,6 +12,7 @@ from . import abi
 from .abi import MsrEntry
 
 TSC: Final = 0x10
+EFER: Final = 0xC0000080
 
 NAMES: Final = {
     "star": 0xC0000081,
@@ -80,7 +81,8 @@ def write(vcpu: int, values: Mapping[int, int]) -> None:
 
 def name(index: int) -> str:
     """The usual name of a register, or its number."""
-    return next((name for name, number in NAMES.items() if number == index), f"{index:#x}")
+    names = {number: name for name, number in NAMES.items()} | {EFER: "efer"}
+    return names.get(index, f"{index:#x}")
 
 
 def _argument(values: Iterable[tuple[int, int]]) -> tuple[bytearray, list[MsrEntry]]:

@@ -71,7 +71,9 @@ def put(vcpu: int, held: Held) -> None:
     """
     xcrs = Xcrs(1)
     xcrs.xcrs[0].value = held.xcr0
-    _set(vcpu, abi.SET_SREGS, held.sregs, "the segments, cr0 to cr8 and efer")
+    _set(vcpu, abi.SET_SREGS, held.sregs, "the segments and cr0 to cr8")
+    # Once more, as KVM takes any EFER above.
+    msrs.write(vcpu, {msrs.EFER: held.sregs.efer})
     _set(vcpu, abi.SET_XCRS, xcrs, f"xsave.xcr0 = {held.xcr0:#x}")
     _set(vcpu, abi.SET_XSAVE, held.area, "fpu and xsave")
     msrs.write(vcpu, {index: held.msrs[index] for index in held.msrs if index != msrs.TSC})
