@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,22 +10,30 @@ import numpy as np
 import pytest
 
 import vmferry
+from vmferry.errors import MachineError
 from vmferry.machines import GuestConfig, HostedMachine, MachineConfig, create
+from vmferry.machines.bus import DeviceBus
 from vmferry.machines.cpu_state import CpuState
 from vmferry.machines.guest.console import Console
+from vmferry.machines.kvm import KvmHost
 from vmferry.machines.observer import check
 
 MIB = 1 << 20
 PAGE = 4096
 
-_NO_KVM = "/dev/kvm is missing or may not be used"
-KINDS = [
-    "unicorn",
-    pytest.param(
-        "kvm",
-        marks=pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason=_NO_KVM),
-    ),
-]
+
+def _kvm_is_missing() -> str:
+    """Why machines cannot be on KVM here; nothing if they can."""
+    try:
+        KvmHost(DeviceBus()).close()
+    except MachineError as error:
+        return str(error)
+    return ""
+
+
+NO_KVM = _kvm_is_missing()
+KVM = pytest.param("kvm", marks=pytest.mark.skipif(bool(NO_KVM), reason=NO_KVM))
+KINDS = ["unicorn", KVM]
 
 
 def config(kind: str, *, cpus: int = 1, ram: int = 8 * MIB, **guest: object) -> MachineConfig:

@@ -17,7 +17,7 @@ from vmferry.machines.bus import DeviceBus
 from vmferry.machines.devices.clock import RealTimeClock
 from vmferry.machines.devices.debug_exit import DebugExit
 from vmferry.machines.devices.serial import Serial
-from vmferry.machines.devices.timer import IntervalTimer
+from vmferry.machines.devices.timer import IntervalTimer, RestPorts
 
 
 class Clock:
@@ -52,7 +52,7 @@ def move(source: object, target: object, directory: Path) -> None:
 
 
 def timer(clock: Clock, count: int = 2) -> IntervalTimer:
-    made = IntervalTimer(count)
+    made = IntervalTimer(count, lambda _: None)
     made.clock = clock
     return made
 
@@ -132,6 +132,15 @@ def test_alarm_is_what_was_written_last_to_each_half(
     for offset, size in ((8, 8), (8, 4), (12, 4), (9, 1)):
         found = device.read(offset, size)
         assert found == int.from_bytes(expected[offset - 8 : offset - 8 + size], "little")
+
+
+def test_ports_let_their_vcpus_rest() -> None:
+    resting: list[int] = []
+    ports = RestPorts(IntervalTimer(3, resting.append))
+    ports.write(2, 1, 0)
+    ports.write(0, 4, 99)
+    assert resting == [2, 0]
+    assert ports.read(1, 1) == 0
 
 
 def test_counter_is_not_written() -> None:

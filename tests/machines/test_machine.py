@@ -108,12 +108,15 @@ def test_throttled_guest_goes_on_and_is_right(hosted: Start, kind: str) -> None:
         guest.machine.throttle(100)
 
 
-def test_machine_goes_on_in_another(hosted: Start, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other_kind", KINDS)
+def test_machine_goes_on_in_another(
+    hosted: Start, kind: str, other_kind: str, tmp_path: Path
+) -> None:
     guest = hosted(kind, cpus=2, hot=0.7, changed=0.3).run_until_filled()
-    for _ in range(5):
+    for turn in range(5):
         guest.machine.resume()
         guest.console.wait_beat()
-        other = hosted(kind, cpus=2, hot=0.7, changed=0.3)
+        other = hosted((other_kind, kind)[turn % 2], cpus=2, hot=0.7, changed=0.3)
         move(guest, other, tmp_path)
         before = guest.console.beats[-1]
         other.machine.resume()
@@ -126,7 +129,33 @@ def test_machine_goes_on_in_another(hosted: Start, kind: str, tmp_path: Path) ->
         guest = other
 
 
-def test_halted_vcpu_wakes_in_another_machine(hosted: Start, kind: str, tmp_path: Path) -> None:
+def test_dirty_log_has_every_page_that_changed(hosted: Start, kind: str) -> None:
+    guest = hosted(kind, cpus=2, hot=0.3).run_until_filled()
+    log = guest.machine.dirty_log()
+    log.start()
+    block = guest.machine.memory["ram"]
+    bits = np.zeros(-(-block.pages // 64), np.uint64)
+    try:
+        for _ in range(10):
+            guest.machine.pause()
+            log.collect(block, bits)
+            before = guest.ram.copy()
+            bits[:] = 0
+            guest.machine.resume()
+            guest.console.wait_beat()
+            log.collect(block, bits)
+            guest.machine.pause()
+            log.collect(block, bits)
+            changed = (guest.ram != before).reshape(-1, PAGE).any(axis=1)
+            logged = np.unpackbits(bits.view(np.uint8), bitorder="little")[: block.pages]
+            assert changed.any()
+            assert not (changed & ~logged.astype(bool)).any()
+            guest.machine.resume()
+    finally:
+        log.stop()
+
+
+def test_resting_vcpu_wakes_in_another_machine(hosted: Start, kind: str, tmp_path: Path) -> None:
     guest = hosted(kind, rate=5, working_set=4 * 4096, heartbeat=0.001).run_until_filled()
     guest.console.wait_beat()
     other = hosted(kind, rate=5, working_set=4 * 4096, heartbeat=0.001)

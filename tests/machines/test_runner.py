@@ -126,6 +126,20 @@ def test_halted_vcpu_runs_on_at_its_alarm(make: Make) -> None:
     assert time.monotonic() - vcpu.runs[0][1] >= 0.05
 
 
+def test_vcpu_that_rests_is_kicked_and_waits_for_its_alarm(make: Make) -> None:
+    class Resting(Scripted):
+        def run(self) -> Exit:
+            if not self.runs:
+                runner.rest(0)
+            return super().run()
+
+    vcpu = Resting()
+    runner = make(vcpu, until_alarm=lambda _: 0.05)
+    runner.resume()
+    wait_until(lambda: vcpu.inside and len(vcpu.runs) == 1)
+    assert time.monotonic() - vcpu.runs[0][1] >= 0.05
+
+
 def test_halted_vcpu_without_alarm_rests(make: Make) -> None:
     vcpu = Scripted(Exit.HALTED)
     runner = make(vcpu)

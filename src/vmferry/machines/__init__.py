@@ -46,8 +46,10 @@ def _auto(bus: Bus) -> CpuHost:
             raise MachineError(f"no machine can be run here: {kvm}; {unicorn}") from kvm
 
 
-def _kvm(_bus: Bus) -> CpuHost:
-    raise MachineError("KVM cannot be used yet")
+def _kvm(bus: Bus) -> CpuHost:
+    from .kvm import KvmHost  # noqa: PLC0415
+
+    return KvmHost(bus)
 
 
 def _unicorn(bus: Bus) -> CpuHost:

@@ -7,6 +7,8 @@ from typing import Final
 SERIAL_PORT: Final = 0x3F8
 CLOCK_PORT: Final = 0x70
 EXIT_PORT: Final = 0xF4
+REST_PORT: Final = 0x500
+"""The first of the interval timer's ports, one for each vCPU."""
 
 TIMER: Final = 0xFED00000
 """The interval timer, in physical memory; each vCPU has registers of its own there."""

@@ -18,6 +18,7 @@ from .addresses import (
     EXIT_PORT,
     HOLE_END,
     HOLE_START,
+    REST_PORT,
     SERIAL_PORT,
     TIMER,
     TIMER_STRIDE,
@@ -29,7 +30,7 @@ from .cpu_state import CpuState
 from .devices.clock import RealTimeClock
 from .devices.debug_exit import DebugExit
 from .devices.serial import Serial
-from .devices.timer import IntervalTimer
+from .devices.timer import IntervalTimer, RestPorts
 from .guest.layout import Layout
 from .guest.program import install
 from .long_mode import enter
@@ -62,7 +63,7 @@ class HostedMachine:
         self.registry = Registry()
         self.running = False
         self.serial = Serial(serial)
-        self._timer = IntervalTimer(config.cpus)
+        self._timer = IntervalTimer(config.cpus, self._rest)
         self._exit = DebugExit(self._guest_ended)
         self._over = threading.Event()
         self._lock = threading.Lock()  # of `running` and what goes with it
@@ -91,9 +92,13 @@ class HostedMachine:
                 (range(SERIAL_PORT, SERIAL_PORT + 8), self.serial),
                 (range(CLOCK_PORT, CLOCK_PORT + 8), clock),
                 (range(EXIT_PORT, EXIT_PORT + 1), self._exit),
+                (range(REST_PORT, REST_PORT + self.config.cpus), RestPorts(self._timer)),
             ],
             memory=[(range(TIMER, timers), self._timer)],
         )
+
+    def _rest(self, index: int) -> None:
+        self._runner.rest(index)
 
     def _map_ram(self, host: CpuHost) -> None:
         block = self.memory.add(RAM, self.config.ram)

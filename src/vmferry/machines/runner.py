@@ -30,9 +30,9 @@ _PAUSE, _THROTTLE, _END = "pause", "throttle", "end"
 class Runner:
     """Runs *vcpus*; at first they are paused.
 
-    *until_alarm* says for how many seconds a vCPU that halted has to wait, ``None`` for ever.
-    *ended* is called when the machine cannot go on, with :attr:`failure` set; in the thread of a
-    vCPU, and once.
+    *until_alarm* says for how many seconds a vCPU that halted or rests has to wait, ``None`` for
+    ever.  *ended* is called when the machine cannot go on, with :attr:`failure` set; in the thread
+    of a vCPU, and once.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Runner:
         self._changed = threading.Condition()
         self._holds = {_PAUSE}
         self._inside: set[int] = set()
+        self._resting: set[int] = set()
         self._closing = False
         self._percent = 0
         self._throttle: threading.Thread | None = None
@@ -81,6 +82,11 @@ class Runner:
         """Hold all vCPUs for good, from any thread; does not wait until they have stopped."""
         with self._changed:
             self._hold(_END)
+
+    def rest(self, index: int) -> None:
+        """Let a vCPU wait for its alarm, as if it had halted; called in its own thread."""
+        self._resting.add(index)
+        self._vcpus[index].kick()
 
     def throttle(self, percent: int) -> None:
         """Keep the vCPUs from running for *percent* of the time, 0 to 99."""
@@ -133,11 +139,11 @@ class Runner:
                 self._fail(error)
                 reason = Exit.KICKED
             self._leave(index)
-            match reason:
-                case Exit.HALTED:
-                    self._halt(index)
-                case Exit.SHUTDOWN:
-                    self._fail(MachineError(f"vCPU {index} was shut down by a triple fault"))
+            if reason is Exit.SHUTDOWN:
+                self._fail(MachineError(f"vCPU {index} was shut down by a triple fault"))
+            elif reason is Exit.HALTED or index in self._resting:
+                self._resting.discard(index)
+                self._wait_alarm(index)
 
     def _enter(self, index: int) -> bool:
         """Wait until nobody holds the vCPU; false when it is to run no more."""
@@ -153,7 +159,7 @@ class Runner:
             if self._holds:
                 self._changed.notify_all()
 
-    def _halt(self, index: int) -> None:
+    def _wait_alarm(self, index: int) -> None:
         """Wait for the alarm; where the vCPU is held meanwhile, it may run on without."""
         with self._changed:
             self._changed.wait_for(lambda: self._holds or self._closing, self._until_alarm(index))

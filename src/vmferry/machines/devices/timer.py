@@ -6,7 +6,9 @@ whoever reads it does not see that the machine was moved.
 Each vCPU has registers of its own, of 64 bits, which may be read and written in halves::
 
     0   counter, read only; reading the low half keeps the high half for the next read of it
-    8   alarm: a vCPU that halts runs on when the counter has reached it; 0 for never
+    8   alarm: a vCPU that rests runs on when the counter has reached it; 0 for never
+
+and a port, to which it writes anything to rest.  It may run on without the alarm, as after a move.
 """
 
 from __future__ import annotations
@@ -34,9 +36,13 @@ class Channel:
 @device("interval-timer", version=1)
 @dataclass(slots=True)
 class IntervalTimer:
-    """The timer of a machine with *count* vCPUs; ``clock`` counts the host's nanoseconds."""
+    """The timer of a machine with *count* vCPUs; ``clock`` counts the host's nanoseconds.
+
+    ``rest`` is called with the number of a vCPU that is to rest.
+    """
 
     count: Annotated[U32, equal]
+    rest: Local[Callable[[int], None]]
     channels: Annotated[list[Channel], VarArray("count", 64)] = field(default_factory=list)
     elapsed: U64 = 0
     """Guest time when the timer was last stopped, in ns."""
@@ -85,3 +91,18 @@ class IntervalTimer:
             channel, shift = self.channels[index], 8 * (register - 8)
             mask = ((1 << 8 * size) - 1) << shift
             channel.alarm = (channel.alarm & ~mask | value << shift) & (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RestPorts:
+    """The ports of a timer: one for each vCPU."""
+
+    timer: IntervalTimer
+
+    def read(self, offset: int, size: int) -> int:  # noqa: ARG002
+        """Nothing is to be read."""
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:  # noqa: ARG002
+        """Let the vCPU *offset* rest until its alarm."""
+        self.timer.rest(offset)

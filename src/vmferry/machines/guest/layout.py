@@ -45,14 +45,15 @@ BLOCK: Final = np.dtype(
         ("timer", "<u8"),  # virtual address of the vCPU's registers in the interval timer
         ("interval", "<u8"),  # between two heartbeats, in ns
         ("cpus", "<u8"),
+        ("rest", "<u8"),  # the port that is written to rest until the alarm
         # Written by the guest
         ("hot_steps", "<u8"),  # pages rewritten
         ("cold_steps", "<u8"),  # pages read, or filled in the first walk
-        ("last_beat", "<u8"),
         ("kind", "<u8"),  # of what it found wrong, 0 for nothing
         ("page", "<u8"),
         ("expected", "<u8"),
         ("found", "<u8"),
+        ("last_beat", "<u8"),
     ]
 )
 """What a vCPU is told and what it keeps.  Behind it, from 0x100 on: a line of text, the stack."""
@@ -67,9 +68,9 @@ _DEVICES: Final = 1 << 39
 
 _DEVICES_PHYSICAL: Final = TIMER // _LARGE * _LARGE
 _TABLE_BYTES: Final = 512 * _LARGE
-# Present, writable, and already accessed and dirty, so that the processor need not write it.
-_TABLE: Final = 0x23
-_PAGE: Final = 0xE3
+# Present, writable, for all rings, and already accessed and dirty, so that no processor writes it.
+_TABLE: Final = 0x27
+_PAGE: Final = 0xE7
 _UNCACHED: Final = 0x18
 
 

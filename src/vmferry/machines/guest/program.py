@@ -12,14 +12,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from vmferry.machines.addresses import REST_PORT
 from vmferry.machines.config import MachineConfig
 from vmferry.machines.listing import assemble
 
 from . import pages, schedule, walk, words
 from .layout import BLOCK, BLOCK_LINE, CODE, GDT, PARAMETERS, Layout, page_tables, timer_address
 
-DESCRIPTORS: Final = (0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
-"""Null, 08: code of 64 bits, 10: data; both accessed already."""
+DESCRIPTORS: Final = (0, 0x00AFFB000000FFFF, 0x00CFF3000000FFFF)
+"""Null, 08: code of 64 bits, 10: data; both for ring 3, and accessed already."""
 
 
 @cache
@@ -67,6 +68,7 @@ def _block(config: MachineConfig, index: int) -> npt.NDArray[np.void]:
         before, after = (guest.rate * number // config.cpus for number in (index, index + 1))
         block["rate"] = max(1, after - before)
     block["changed"] = changed_lines(guest.changed)
+    block["rest"] = REST_PORT + index
     block["timer"] = timer_address(index)
     block["interval"] = round(guest.heartbeat * 1e9)
     return block

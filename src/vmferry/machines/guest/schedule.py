@@ -12,7 +12,7 @@ rbp   how many pages to walk at a time where there is no limit
 ====  ===========================================================
 
 A rate is held by counting: so many pages are due for the time that went by, of which no more than
-50 ms count.  Where none is due, the vCPU halts until the timer's alarm, 1 to 20 ms.
+50 ms count.  Where none is due, the vCPU rests until the timer's alarm, for 1 to 20 ms.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ loop:
     4c 01 f8                    ; add rax, r15
     48 8b 53 {TIMER.b}          ; mov rdx, [rbx+TIMER]
     48 89 42 08                 ; mov [rdx+8], rax
-    f4                          ; hlt
+    8b 53 {REST.b}              ; mov edx, [rbx+REST]
+    ee                          ; out dx, al
     eb {duties.r}               ; jmp duties
 unlimited:
     48 81 f9 40 42 0f 00        ; cmp rcx, 1000000
@@ -104,7 +105,7 @@ look:
     48 ff c9                    ; dec rcx
     75 {look.r}                 ; jnz look
     4c 89 f8                    ; mov rax, r15
-    48 2b 43 {LAST_BEAT.b}      ; sub rax, [rbx+LAST_BEAT]
+    48 2b 83 {LAST_BEAT.d}      ; sub rax, [rbx+LAST_BEAT]
     48 3b 43 {INTERVAL.b}       ; cmp rax, [rbx+INTERVAL]
     0f 82 {loop.R}              ; jb loop
     e8 {beat.R}                 ; call beat

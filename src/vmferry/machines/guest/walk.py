@@ -150,7 +150,8 @@ bad:
     48 8b 53 {TIMER.b}          ; mov rdx, [rbx+TIMER]
     48 c7 42 08 00 00 00 00     ; mov qword [rdx+8], 0
 never:
-    f4                          ; hlt
+    8b 53 {REST.b}              ; mov edx, [rbx+REST]
+    ee                          ; out dx, al
     eb {never.r}                ; jmp never
 stamp:
     4c 89 df                    ; mov rdi, r11

@@ -32,7 +32,7 @@ report:
     48 c7 42 08 00 00 00 00     ; mov qword [rdx+8], 0
     e9 {never.R}                ; jmp never
 beat:
-    4c 89 7b {LAST_BEAT.b}      ; mov [rbx+LAST_BEAT], r15
+    4c 89 bb {LAST_BEAT.d}      ; mov [rbx+LAST_BEAT], r15
     45 31 c0                    ; xor r8d, r8d
     45 31 c9                    ; xor r9d, r9d
     41 b2 48                    ; mov r10b, 'H'

@@ -43,7 +43,7 @@ _MSRS: Final = {
     "tsc_aux": 0xC0000103,
 }
 _CODE: Final = 0xA09B
-_DATA: Final = 0xC093
+_DATA: Final = 0xC093  # both for ring 0
 _LONG: Final = 0x2000
 _LONG_MODE_ACTIVE: Final = 0x400
 _FLAT: Final = 0xFFFFFFFF
@@ -118,7 +118,8 @@ def _check(state: CpuState) -> None:
 def _segment(name: str, selector: int, base: int) -> Segment:
     if not selector & ~3:
         return Segment(selector, base, 0, 0)
-    return Segment(selector, base, _FLAT, _CODE if name == "cs" else _DATA)
+    attributes = (_CODE if name == "cs" else _DATA) | (selector & 3) << 5
+    return Segment(selector, base, _FLAT, attributes)
 
 
 def _read_fpu(engine: Any) -> Fpu:
