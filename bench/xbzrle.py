@@ -7,13 +7,13 @@ Both are called page by page from one loop in C, which is compiled for that.  Se
 from __future__ import annotations
 
 import ctypes
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from bench.kernels import timed
 from bench.measure import Row, Sample, Samples, Target, Unmeasured, rate
 from bench.places import Places
 from tests.support.qemu_xbzrle import compile_library, qemu_xbzrle
@@ -30,7 +30,7 @@ void encode_all(int (*f)(const uint8_t *, const uint8_t *, int, uint8_t *, int),
         lengths[i] = f(old + 4096 * i, new + 4096 * i, 4096, out + 4096 * i, 4096);
 }
 void decode_all(int (*f)(const uint8_t *, int, uint8_t *, int),
-                const uint8_t *in, const int *lengths, uint8_t *pages, long count)
+                const uint8_t *in, uint8_t *pages, const int *lengths, long count)
 {
     for (long i = 0; i < count; i++)
         f(in + 4096 * i, lengths[i], pages + 4096 * i, 4096);
@@ -122,27 +122,17 @@ class _Work:
         self._lengths = np.zeros(len(old), np.int32)
 
     def encode(self) -> Sample:
-        encode = self._loop.encode_all
-        parts = (self._old, self._new, self._out, self._lengths)
-        return self._timed(lambda: encode(self._encoder, *map(_address, parts), self._count()))
+        return self._run("encode_all", self._encoder, self._old, self._new, self._out)
 
     def decode(self) -> Sample:
         """What was encoded before, into the same pages again and again."""
-        decode = self._loop.decode_all
-        parts = (self._out, self._lengths, self._target)
-        sample = self._timed(lambda: decode(self._decoder, *map(_address, parts), self._count()))
+        sample = self._run("decode_all", self._decoder, self._out, self._target)
         if not np.array_equal(self._target, self._new):
             raise Unmeasured("what was decoded is not what was encoded")
         return sample
 
-    def _count(self) -> ctypes.c_long:
-        return ctypes.c_long(len(self._old))
-
-    def _timed(self, run: Callable[[], object]) -> Sample:
-        start = time.perf_counter()
-        run()
-        return {"seconds": time.perf_counter() - start, "bytes": self._old.nbytes}
-
-
-def _address(array: npt.NDArray[np.generic]) -> ctypes.c_void_p:
-    return ctypes.c_void_p(array.ctypes.data)
+    def _run(self, loop: str, function: ctypes.c_void_p, *pages: Pages) -> Sample:
+        run = getattr(self._loop, loop)
+        arrays = [ctypes.c_void_p(array.ctypes.data) for array in (*pages, self._lengths)]
+        count = ctypes.c_long(len(self._old))
+        return timed(self._old.nbytes, lambda: run(function, *arrays, count))
