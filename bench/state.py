@@ -74,9 +74,8 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
         target = Target(least) if least else None
         yield samples.row(f"state/{case}", f"{case} fields", "M/s", case, _millions, target)
     for case in ("snapshot save", "snapshot load"):
-        yield samples.row(
-            f"state/{case}", f"{case}, with file and description", "M/s", case, _millions
-        )
+        name = f"{case}, with file and description"
+        yield samples.row(f"state/{case}", name, "M/s", case, _millions, Target(3))
     for case in ("memcpy", "buffer save", "buffer load"):
         yield samples.row(f"state/{case}", f"{case}, 16 MiB", "GB/s", case, rate)
     Path(path).unlink(missing_ok=True)

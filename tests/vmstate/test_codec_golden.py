@@ -135,6 +135,25 @@ KINDS: list[tuple[Any, Any, Any, str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("annotation", "wire"), [(U8, "02"), (U16, "0002"), (U32, "00000002"), (I32, "00000002")]
+)
+def test_a_length_may_stand_in_a_field_of_any_width(annotation: Any, wire: str) -> None:
+    class Device:
+        def __init__(self) -> None:
+            self.n = 2
+            self.words = [5, 6]
+
+    words = Annotated[list[U16], VarArray("n", bound=4)]
+    Device.__annotations__ = {"n": annotation, "words": words}
+    saved = save(device("dev")(Device)())
+    assert saved == bytes.fromhex(f"{wire} 0005 0006")
+    loaded = Device()
+    loaded.n, loaded.words = 0, []
+    load(loaded, saved, 1)
+    assert (loaded.n, loaded.words) == (2, [5, 6])
+
+
 def declared(annotation: Any) -> Any:
     class Device:
         def __init__(self, value: Any) -> None:
