@@ -151,10 +151,12 @@ class Staging:
 
         Where one fails, those behind it are as they were, and the error says so.
         """
-        with _partly():
-            for section, state in self._staged:
-                with within(section):
-                    state.commit()
+        for section, state in self._staged:
+            try:
+                state.commit()
+            except StreamError as error:
+                error.advice = _PARTLY
+                raise error.within(section=section.name) from error.__cause__
 
     def _decode(self, region: _Region) -> Iterator[tuple[Device, Staged]]:
         raw = b"".join(region.parts)

@@ -17,7 +17,7 @@ from .outgoing import PageStore
 from .pieces import Pieces
 from .registry import Registry
 from .run_state import RunState
-from .saving import closing_description, device_sections
+from .saving import Description, closing_description, device_sections
 
 
 class MachineSource:
@@ -57,7 +57,7 @@ class MachineSource:
         return frozenset(range(len(registry.handlers) + len(registry.devices) + 1))
 
     @cached_property
-    def _saved(self) -> list[tuple[bytes, str]]:
+    def _saved(self) -> list[tuple[bytes, Description]]:
         registry = self._machine.registry
         behind = Registry()
         behind.register(RunState.of(running=self.was_running))

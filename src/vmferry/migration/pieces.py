@@ -34,9 +34,9 @@ class Pieces:
         return len(self._handlers)
 
     @property
-    def descriptions(self) -> list[str]:
+    def descriptions(self) -> list[tuple[str, ...]]:
         """What describes each handler's section in the closing description."""
-        return [_describe(section) for _, section in self._handlers]
+        return [(_describe(section),) for _, section in self._handlers]
 
     def setup(self, cleanup: ExitStack) -> None:
         """Begin every section; *cleanup* is told how to end what that took."""

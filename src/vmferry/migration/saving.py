@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from vmferry.errors import LimitExceeded, StreamError, UsageError, printable
 from vmferry.vmstate.transfer import save_described
@@ -58,7 +58,11 @@ def save_stream(machine: Machine, write: Write) -> None:
     _Saving(machine, write).run()
 
 
-def device_sections(registry: Registry, first: int) -> Iterator[tuple[bytes, str]]:
+Description: TypeAlias = tuple[str, ...]
+"""What describes a section: JSON in pieces, as there may be much of it, most of it alike."""
+
+
+def device_sections(registry: Registry, first: int) -> Iterator[tuple[bytes, Description]]:
     """Each device's section, whole, and what describes it; numbered from *first* on.
 
     The devices do not run meanwhile.  Raises :class:`StateError` where a state does not fit its
@@ -75,13 +79,15 @@ def device_sections(registry: Registry, first: int) -> Iterator[tuple[bytes, str
             raise error.within(section=section.name) from error.__cause__
         total += len(data)
         _check_size("states", total, limits.DEVICES)
-        yield data, f"{{{_identity(section)}, {members}}}"
+        yield data, (_identity(section), members, "}")
 
 
-def closing_description(page_size: int, descriptions: Sequence[str]) -> bytes:
+def closing_description(page_size: int, descriptions: Sequence[Description]) -> bytes:
     """What stands behind the end of a stream whose sections have *descriptions*."""
-    head = f'{{"page_size": {page_size}, "devices": ['.encode()
-    text = b"".join((head, ", ".join(descriptions).encode(), b"]}"))
+    pieces = [f'{{"page_size": {page_size}, "devices": [']
+    for index, description in enumerate(descriptions):
+        pieces += (", " if index else "", *description)
+    text = "".join((*pieces, "]}")).encode()
     if len(text) > _SURELY_READABLE or len(descriptions) > limits.DEVICE_COUNT:
         parse_description(text)  # Whoever reads the stream refuses what this refuses.
     return UnreadDescription(text).encode()
@@ -121,4 +127,5 @@ def _check_size(what: str, size: int, limit: int) -> None:
 
 
 def _identity(section: Section) -> str:
-    return f'"name": {json.dumps(section.name)}, "instance_id": {section.instance}'
+    """The beginning of what describes a section."""
+    return f'{{"name": {json.dumps(section.name)}, "instance_id": {section.instance}, '

@@ -53,6 +53,10 @@ class StateCodec:
         self._version = version
         self._steps = tuple(_steps(plan, version))
         self._head = texts.state_head(plan, version)
+        runs = [step.text for step in self._steps if isinstance(step, Run)]
+        self._constant = ""
+        if len(runs) == len(self._steps):
+            self._constant = f"{self._head}[{texts.together(runs)}]"
         self._parts = {
             part.plan.name: (part, compile_plan(part.plan, part.plan.version), _head(part.plan))
             for part in plan.subsections
@@ -66,8 +70,9 @@ class StateCodec:
     def save(self, obj: Any, saver: Saver) -> str:
         """Add the bytes of *obj*, hooks included, and return what describes them."""
         begin_saving(self.plan, obj, saver.after)
-        fields = texts.together([step.save(obj, saver) for step in self._steps])
-        described = f"{self._head}[{fields}]"
+        fields = [step.save(obj, saver) for step in self._steps]
+        # What only has numbers is described alike each time, and large machines have a lot of it.
+        described = self._constant or f"{self._head}[{texts.together(fields)}]"
         if not self._parts:
             return described
         subsections: list[str] = []

@@ -40,7 +40,7 @@ class Run:
             (i, f.attribute, f.exact) for i, f in enumerate(numbers) if f.exact is not None
         )
         self._places = tuple(f.attribute for f in fields)
-        self._text = texts.together(
+        self.text = texts.together(
             texts.entry(name, texts.number(f, f.kind))
             for f, name in zip(fields, names, strict=True)
             if isinstance(f.kind, p.Scalar | p.Gap)
@@ -62,7 +62,7 @@ class Run:
         if self._bools and max(self._truths(packed)) > 1:
             self._diagnose(obj)
         saver.parts.append(packed)
-        return self._text
+        return self.text
 
     def _diagnose(self, obj: Any) -> None:
         """Raise for the first field that cannot be saved."""

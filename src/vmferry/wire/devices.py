@@ -175,11 +175,11 @@ class TailFinder:
         """The first of the pending candidates that are complete after *size* bytes to hold."""
         while self._pending and self._pending[0][0] <= size:
             complete, end = self._pending.pop(0)
-            text = region[end + 6 : complete]
+            text = bytes(region[end + 6 : complete])
             if text[-1:] != b"}" or _broken(text):
                 continue
             try:
-                sections, description = self._split(region[:end], bytes(text))
+                sections, description = self._split(region[:end], text)
             except StreamError as error:
                 self._rejected = complete, error.within(offset=self._offset + end + 1)
             else:
@@ -217,7 +217,7 @@ class TailFinder:
         if (error := self.rejection(len(region))) is not None:
             raise error
         for _complete, end in self._pending:
-            if not _broken(region[end + 6 :]):
+            if not _broken(bytes(region[end + 6 :])):
                 raise TruncatedStream(
                     "a whole description",
                     f"{len(region) - end - 6} bytes of it",
@@ -307,6 +307,5 @@ class EarlyFinder:
         )
 
 
-def _broken(text: bytes | memoryview) -> bool:
-    raw = bytes(text)
-    return any(byte in raw for byte in _NOT_JSON)
+def _broken(text: bytes) -> bool:
+    return any(byte in text for byte in _NOT_JSON)
