@@ -56,6 +56,13 @@ def test_recorded_stream_is_read_to_its_end(tmp_path: Path, name: str) -> None:
     json.dumps(survey.to_json())
 
 
+def test_it_is_shown_in_a_few_lines_of_python(tmp_path: Path) -> None:
+    survey = open_stream(write(tmp_path / "stream", recorded("q35-devices")[0].sent))
+    assert len(repr(survey)) < 10_000
+    assert max(len(repr(device)) for device in survey.devices) < 500
+    assert repr(Checkpoint(save(tmp_path / "vm"))) == f"Checkpoint('{tmp_path}/vm')"
+
+
 def test_stream_and_checkpoint_of_a_machine_have_the_same_contents(tmp_path: Path) -> None:
     source = open_stream(stream(tmp_path / "stream"))
     with Checkpoint(save(tmp_path / "vm")) as checkpoint:

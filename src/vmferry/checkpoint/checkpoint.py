@@ -59,6 +59,9 @@ class Checkpoint:
                 self.close()
                 raise
 
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r})"
+
     def __enter__(self) -> Self:
         return self
 

@@ -99,12 +99,12 @@ class Survey:
     footers: bool = False
     capabilities: frozenset[str] = frozenset()
     blocks: list[BlockSurvey] = field(default_factory=list)
-    sections: list[SectionSurvey] = field(default_factory=list)
+    sections: list[SectionSurvey] = field(default_factory=list, repr=False)
     commands: Counter[str] = field(default_factory=Counter)
     disks: dict[str, DiskSurvey] = field(default_factory=dict)
     bitmaps: list[BitmapStart] = field(default_factory=list)
-    devices: list[DeviceSection | DeviceRegion] = field(default_factory=list)
-    description: VmDescription | None = None
+    devices: list[DeviceSection | DeviceRegion] = field(default_factory=list, repr=False)
+    description: VmDescription | None = field(default=None, repr=False)
     created: str | None = None
     error: StreamError | None = None
 

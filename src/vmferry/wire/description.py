@@ -112,7 +112,7 @@ class VmDescription:
     page_size: int
     devices: tuple[DeviceDescription, ...]
     configuration: Vmsd | None
-    text: bytes
+    text: bytes = field(repr=False)
 
     def encode(self) -> bytes:
         """The description as on the wire."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from struct import Struct
 from typing import Any, Final, TypeAlias
@@ -57,7 +57,7 @@ class DeviceSection:
     instance: int
     version: int
     offset: int
-    body: bytes | memoryview
+    body: bytes | memoryview = field(repr=False)
     footer: bool
     described: bool = True
     reason: str | None = None
@@ -89,7 +89,7 @@ class DeviceRegion:
     """Device sections that nothing tells apart: neither a description nor footers."""
 
     offset: int
-    body: bytes | memoryview
+    body: bytes | memoryview = field(repr=False)
     name: str = "devices"
     reason: str = "neither a description nor footers tell its devices apart"
 
