@@ -29,6 +29,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
+    from .checkpoint.export.convert import Exported, convert
     from .checkpoint.stream_file import open_stream
     from .checkpoint.survey import Survey
     from .checkpoint.transfer import receive, send
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Checkpoint": "checkpoint.checkpoint",
     "Deadlines": "migration.connections",
+    "Exported": "checkpoint.export.convert",
     "Iterative": "migration.handlers",
     "Machine": "migration.saving",
     "Method": "wire.multifd",
@@ -55,6 +57,7 @@ _LAZY = {
     "SendOptions": "migration.source",
     "Survey": "checkpoint.survey",
     "Tolerate": "wire.reader",
+    "convert": "checkpoint.export.convert",
     "load": "migration.snapshot",
     "open_stream": "checkpoint.stream_file",
     "receive": "checkpoint.transfer",
@@ -69,6 +72,7 @@ __all__ = [
     "CheckpointIncomplete",
     "Deadlines",
     "DeclarationError",
+    "Exported",
     "Iterative",
     "LimitExceeded",
     "Machine",
@@ -90,6 +94,7 @@ __all__ = [
     "UsageError",
     "VmferryError",
     "__version__",
+    "convert",
     "load",
     "open_stream",
     "receive",

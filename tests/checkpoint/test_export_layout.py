@@ -216,7 +216,7 @@ def test_blocks_of_numa_nodes_follow_each_other_by_their_addresses(tmp_path: Pat
             pc({"pc.ram": 32 * MIB}, addresses={"pc.ram": 0}),
             'the source shared block "pc.ram" with its destination',
         ),
-        (Saved(machine="virt-7.2"), 'the memory of machine "virt-7.2" is not known; each block'),
+        (Saved(machine="virt-7.2"), 'the memory of machine "virt-7.2" is not known; in a'),
         (Saved(machine="pc-q36-7.2"), '"pc-q36-7.2" is not known'),
         (Saved(machine="microvmx"), '"microvmx" is not known'),
         (
@@ -280,6 +280,6 @@ def test_recorded_machine_without_a_known_layout_is_refused(name: str, tmp_path:
     (tmp_path / "stream").write_bytes(recorded(name)[0].sent)
     with (
         receive(f"file:{tmp_path / 'stream'}", tmp_path / "checkpoint") as checkpoint,
-        pytest.raises(UsageError, match="is not known; each block of memory is a plain file in"),
+        pytest.raises(UsageError, match="is not known; in a checkpoint each block"),
     ):
         layout_of(checkpoint)

@@ -55,11 +55,25 @@ def test_file_that_exists_is_not_touched(stream: Path) -> None:
     assert out.read_text() == "precious"
 
 
+@pytest.mark.parametrize("form", ["raw", "stream"])
+def test_background_snapshot_is_accepted_by_name(form: str, stream: Path) -> None:
+    stream.write_bytes(recorded("pc-background-snapshot")[0].sent)
+    out = stream.with_name("out")
+    refused = vmferry("convert", stream, "--to", form, out)
+    assert refused.returncode == 3
+    assert "accept it with no-end" in refused.stderr
+    done = vmferry("convert", stream, "--to", form, out, "--accept", "no-end")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_machine_of_unknown_layout_is_refused(stream: Path) -> None:
     stream.write_bytes(recorded("ppc-g3beige")[0].sent)
     done = vmferry("convert", stream, "--to", "raw", stream.with_name("out"), "--json")
     assert done.returncode == 2
-    assert "not known" in done.stderr
+    assert done.stderr == (
+        'vmferry: the layout of the memory of machine "g3beige" is not known;'
+        " in a checkpoint each block of memory is a plain file of its own\n"
+    )
     result = json.loads(done.stdout.splitlines()[-1])
     schema.event(result, "result")
     assert result["error"]["kind"] == "UsageError"

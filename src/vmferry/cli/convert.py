@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, MaxRam, Quiet
+from .options import Accept, Json, MaxRam, PageSize, Quiet, tolerated
 
 
 class Form(StrEnum):
@@ -36,6 +36,8 @@ def command(
         ),
     ],
     max_ram: MaxRam = None,
+    page_size: PageSize = None,
+    accept: Accept = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -43,7 +45,7 @@ def command(
 
     Where memory lies in the machine is known for the x86 machines pc, q35 and microvm.
     """
-    from vmferry.checkpoint.export import convert
+    from vmferry import convert
 
     from .output import name
     from .reports import Done, reporter
@@ -52,7 +54,15 @@ def command(
 
     with reporter(Moving(), json=json, quiet=quiet) as report:
         try:
-            exported = convert(source, to.value, out, progress=report.progress, max_ram=max_ram)
+            exported = convert(
+                source,
+                to.value,
+                out,
+                progress=report.progress,
+                max_ram=max_ram,
+                page_size=page_size,
+                tolerate=tolerated(accept),
+            )
         except Interrupted as interrupted:
             # It appears when it is complete; had it been there before, that were another error.
             interrupted.consequence = f"{out} is complete" if out.exists() else "nothing was kept"

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vmferry.errors import UsageError
 from vmferry.units import parse_rate, parse_size
+
+if TYPE_CHECKING:
+    from vmferry import Tolerate
+
+
+class Accepted(StrEnum):
+    """What is refused unless it is asked for."""
+
+    NO_RAM = "no-ram"
+    NO_END = "no-end"
 
 
 def _read(parse: Callable[[str], int]) -> Callable[[str], int]:
@@ -46,6 +57,14 @@ PageSize = Annotated[
         help="The target's page where neither the stream nor the machine type tells.",
     ),
 ]
+Accept = Annotated[
+    list[Accepted] | None,
+    typer.Option(
+        metavar="no-ram|no-end",
+        help="Accept a stream without guest memory, or one in which a section never ends, "
+        "as in a background snapshot. May be repeated.",
+    ),
+]
 Bandwidth = Annotated[
     int | None,
     typer.Option(
@@ -58,3 +77,13 @@ Json = Annotated[
     bool, typer.Option("--json", help="Show progress and the result as one JSON object a line.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show nothing but errors.")]
+
+
+def tolerated(accepted: Iterable[Accepted] | None) -> Tolerate:
+    """What ``--accept`` means to those who read a stream."""
+    from vmferry import Tolerate
+
+    tolerate = Tolerate.NOTHING
+    for what in accepted or ():
+        tolerate |= Tolerate[what.name]
+    return tolerate

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Json, MaxRam, PageSize, Quiet
+from .options import Accept, Json, MaxRam, PageSize, Quiet, tolerated
 
 if TYPE_CHECKING:
-    from vmferry import Checkpoint, Tolerate
+    from vmferry import Checkpoint
     from vmferry.migration.destination import Destination
 
     from .signals import Work
@@ -19,13 +18,6 @@ if TYPE_CHECKING:
 
 _FIRST = 30.0
 """Seconds to wait for the first bytes of a connection, unless all waits are to be shorter."""
-
-
-class Accepted(StrEnum):
-    """What is refused unless it is asked for."""
-
-    NO_RAM = "no-ram"
-    NO_END = "no-end"
 
 
 def command(
@@ -42,14 +34,7 @@ def command(
     ],
     max_ram: MaxRam = None,
     page_size: PageSize = None,
-    accept: Annotated[
-        list[Accepted] | None,
-        typer.Option(
-            metavar="no-ram|no-end",
-            help="Accept a stream without guest memory, or one in which a section never ends, "
-            "as in a background snapshot. May be repeated.",
-        ),
-    ] = None,
+    accept: Accept = None,
     timeout: Annotated[
         float,
         typer.Option(
@@ -81,7 +66,7 @@ def command(
             progress=report.progress,
             max_ram=max_ram,
             page_size=page_size,
-            tolerate=_tolerated(accept or []),
+            tolerate=tolerated(accept),
             deadlines=Deadlines(first=min(timeout, _FIRST) or None, idle=timeout or None),
             started=started,
         )
@@ -98,12 +83,3 @@ def command(
             )
             raise
         report.finished(moved("received", machine, uri, str(directory), report.last))
-
-
-def _tolerated(accepted: list[Accepted]) -> Tolerate:
-    from vmferry import Tolerate
-
-    tolerated = Tolerate.NOTHING
-    for what in accepted:
-        tolerated |= Tolerate[what.name]
-    return tolerated

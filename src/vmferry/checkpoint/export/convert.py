@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from vmferry.checkpoint.checkpoint import Checkpoint
+from vmferry.checkpoint.transfer import receive
 from vmferry.errors import UsageError, printable
 from vmferry.migration.progress import Meter, Report
 from vmferry.wire.ram import RamBlock
+from vmferry.wire.reader import Tolerate
 
 from .aside import new_file
 from .cpu import read_cpus
@@ -38,12 +41,15 @@ def convert(
     *,
     progress: Report | None = None,
     max_ram: int | None = None,
+    page_size: int | None = None,
+    tolerate: Tolerate = Tolerate.NOTHING,
 ) -> Exported:
     """Write the machine in *source* to the new file *out*.
 
     *source* is a checkpoint directory, a stream file, or ``-`` for a stream on standard input; a
     stream is received into a checkpoint beside *out* first, which needs room for the machine's
-    memory.  *max_ram* bounds that, in bytes.  *to* is one of
+    memory; *max_ram*, *page_size* and *tolerate* are for that, as in :func:`vmferry.receive`.  *to*
+    is one of
 
     ``raw``: physical memory, byte by byte, in a sparse file;
     ``elf-core``: a core file with memory and the registers of the CPUs;
@@ -61,9 +67,12 @@ def convert(
     if to not in FORMS:
         raise UsageError(f"expected one of {', '.join(FORMS)}; found {printable(to)}")
     path = Path(out)
+    receiving = partial(
+        receive, progress=progress, max_ram=max_ram, page_size=page_size, tolerate=tolerate
+    )
     with (
         new_file(path) as aside,
-        opened(source, path.parent, report=progress, max_ram=max_ram) as checkpoint,
+        opened(source, path.parent, receiving) as checkpoint,
     ):
         if to == "stream":
             write_stream(checkpoint, aside, progress)

@@ -21,9 +21,8 @@ class Devices:
         text = checkpoint.description
         if text is None:
             raise UsageError(
-                f"{checkpoint.path}: its stream had no description of its devices, so their state"
-                " cannot be read; QEMU writes one for machine types from 2.3 on, unless"
-                " suppress-vmdesc is on"
+                "the stream had no description of its devices, so their state cannot be read;"
+                " QEMU writes one for machine types from 2.3 on, unless suppress-vmdesc is on"
             )
         self._described = {(d.name, d.instance): d for d in parse_description(text).devices}
         self._sections = [s for s in checkpoint.device_sections if isinstance(s, DeviceSection)]

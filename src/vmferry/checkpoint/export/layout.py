@@ -98,7 +98,7 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
             if machine
             else "a machine that its stream does not name"
         )
-        raise _unknown(checkpoint, f"the layout of the memory of {kind} is not known")
+        raise _unknown(f"the layout of the memory of {kind} is not known")
     described = board.bridge is not None or checkpoint.description is not None
     devices = Devices(checkpoint) if described else None
     main = _main_memory(checkpoint, board)
@@ -112,10 +112,8 @@ def layout_of(checkpoint: Checkpoint) -> Layout:
     return Layout(segments, tuple(b for b in checkpoint.blocks if b.name not in used))
 
 
-def _unknown(checkpoint: Checkpoint, what: str) -> UsageError:
-    return UsageError(
-        f"{checkpoint.path}: {what}; each block of memory is a plain file in {checkpoint.path}/ram"
-    )
+def _unknown(what: str) -> UsageError:
+    return UsageError(f"{what}; in a checkpoint each block of memory is a plain file of its own")
 
 
 # Main memory
@@ -125,7 +123,7 @@ def _main_memory(checkpoint: Checkpoint, board: Board) -> tuple[RamBlock, ...]:
     """The blocks of main memory in order; one, but for NUMA nodes with memory of their own."""
     found = [block for block in checkpoint.blocks if not _belongs_elsewhere(checkpoint, block)]
     if not found:
-        raise _unknown(checkpoint, "no block is main memory")
+        raise _unknown("no block is main memory")
     if len(found) == 1:
         return (found[0],)
     # An address in the stream is one inside main memory, or inside the area of memory plugged in.
@@ -136,7 +134,6 @@ def _main_memory(checkpoint: Checkpoint, board: Board) -> tuple[RamBlock, ...]:
         return tuple(found)
     names = ", ".join(printable(block.name) for block in found)
     raise _unknown(
-        checkpoint,
         f"blocks {names}: one of them is main memory, others were plugged in or are part of it,"
         " and the stream does not tell where they lie",
     )
@@ -180,7 +177,7 @@ def _place_roms(checkpoint: Checkpoint) -> list[Segment]:
         blocks[name] for name in (_BIOS,) if name in blocks
     ]
     if sum(block.length for block in firmware) > _MAX_FIRMWARE:
-        raise _too_large(checkpoint, firmware[0])
+        raise _too_large(firmware[0])
     placed = []
     address = FOUR_GIB
     for block in firmware:
@@ -192,14 +189,13 @@ def _place_roms(checkpoint: Checkpoint) -> list[Segment]:
         placed.append(Segment(ROM_AREA[1] - size, size, mirrored, mirrored.length - size))
     if options := blocks.get(_OPTION_ROM):
         if options.length > _MIRROR_SIZE:
-            raise _too_large(checkpoint, options)
+            raise _too_large(options)
         placed.append(Segment(ROM_AREA[0], options.length, options, 0))
     return placed
 
 
-def _too_large(checkpoint: Checkpoint, block: RamBlock) -> UsageError:
+def _too_large(block: RamBlock) -> UsageError:
     return _unknown(
-        checkpoint,
         f"block {printable(block.name)} has {format_size(block.length)}, more than there is room"
         " for where it should lie",
     )
@@ -243,7 +239,7 @@ def _check_content(checkpoint: Checkpoint, segments: Iterable[Segment]) -> None:
     for block in {segment.block.name: segment.block for segment in segments}.values():
         if checkpoint.memory(block) is None:
             raise UsageError(
-                f"{checkpoint.path}: the source shared block {printable(block.name)} with its"
+                f"the source shared block {printable(block.name)} with its"
                 " destination (x-ignore-shared), so its content is not in the checkpoint; save the"
                 " machine again without that capability"
             )

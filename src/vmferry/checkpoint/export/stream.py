@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
 from vmferry.checkpoint.checkpoint import Checkpoint
 from vmferry.checkpoint.files import storage_error
-from vmferry.checkpoint.transfer import receive, send
+from vmferry.checkpoint.transfer import send
 from vmferry.errors import StorageError, UsageError, printable
 from vmferry.migration.progress import Report
 
@@ -31,11 +31,12 @@ def write_stream(checkpoint: Checkpoint, path: Path, report: Report | None) -> N
 
 @contextmanager
 def opened(
-    source: str | os.PathLike[str], beside: Path, *, report: Report | None, max_ram: int | None
+    source: str | os.PathLike[str], beside: Path, receive: Callable[[str, str], Checkpoint]
 ) -> Iterator[Checkpoint]:
     """The checkpoint *source*; a stream becomes one, in the directory *beside*, for the time being.
 
-    A stream is a file, or standard input where *source* is ``-``.
+    A stream is a file, or standard input where *source* is ``-``; *receive* takes it from a URI
+    into a directory.
     """
     if source != STANDARD_INPUT and Path(source).is_dir():
         with Checkpoint(source) as checkpoint:
@@ -49,7 +50,7 @@ def opened(
     except OSError as error:
         raise storage_error(beside, "written to", error) from None
     try:
-        with receive(uri, directory, progress=report, max_ram=max_ram) as checkpoint:
+        with receive(uri, directory) as checkpoint:
             yield checkpoint
     finally:
         shutil.rmtree(directory, ignore_errors=True)
