@@ -254,6 +254,25 @@ def test_sparse_disk_with_a_chunk_far_out_takes_no_room(tmp_path: Path) -> None:
         assert checkpoint.survey().size < 32 * MIB
 
 
+def test_few_bytes_do_not_make_much_of_a_disk(tmp_path: Path) -> None:
+    before = resident_memory()
+    with CheckpointWriter(tmp_path / "vm") as made:
+        made.configuration(None, PAGE_SIZE)
+        for sector in (1 << shift for shift in range(12, 34)):  # up to 4 TiB: 4 million sums
+            made.disk_chunk(DiskChunk("a", sector, None))
+        assert resident_memory() - before < 8 * MIB
+        made.commit(frozenset(), footers=True)
+    assert (tmp_path / "vm/disks/00-a.sums").stat().st_blocks * 512 < MIB
+    with Checkpoint(tmp_path / "vm", verify=True) as checkpoint:
+        assert checkpoint.survey().size < MIB
+
+
+def resident_memory() -> int:
+    """Bytes of memory of this process."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def test_devices_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "DEVICES", 1000)
     section = DeviceSection(1, "timer", 0, 1, 77, bytes(300), footer=True)

@@ -23,6 +23,8 @@ _ADVICE: Final = {
     errno.EDQUOT: "; free some space or have the quota raised",
 }
 
+_ZEROS: Final = bytes(1 << 16)
+
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # Without blocking, as the open of a named pipe waits for its other end.
 _FILE: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
@@ -83,12 +85,20 @@ def read_inside(directory: Path, name: str, most: int) -> bytes:
 
 
 def write_file(path: Path, data: bytes | bytearray | memoryview) -> FileEntry:
-    """Write *data* to a new durable file; returns its entry, named relative to the checkpoint."""
+    """Write *data* to a new durable file; returns its entry, named relative to the checkpoint.
+
+    Long runs of zeros become holes.
+    """
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
+            for at in range(0, len(data), len(_ZEROS)):
+                piece = bytes(data[at : at + len(_ZEROS)])
+                if piece == _ZEROS:
+                    file.seek(len(piece), os.SEEK_CUR)
+                else:
+                    file.write(piece)
+            file.truncate(len(data))
             os.fsync(fd)
     except OSError as error:
         raise storage_error(path, "written", error) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, suppress
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +49,11 @@ class PageFile:
             return
         pages = size // self.page_size
         if pages > len(self.sums):
-            sums = np.zeros(max(pages, 2 * len(self.sums)), np.uint64)
-            sums[: len(self.sums)] = self.sums
+            # A chunk may lie far out: memory mapped like this is taken only where it is written.
+            memory = mmap(-1, 8 * max(pages, 2 * len(self.sums)), MAP_PRIVATE | MAP_ANONYMOUS)
+            sums = np.frombuffer(memory, np.uint64)
+            used = np.flatnonzero(self.sums)
+            sums[used] = self.sums[used]
             self.sums = sums
         try:
             os.ftruncate(self._fd, size)
