@@ -11,7 +11,7 @@ import pytest
 
 from vmferry.errors import MachineError, UsageError
 from vmferry.machines.cpu import Exit
-from vmferry.machines.cpu_state import RAX, RCX, RSP, CpuState
+from vmferry.machines.cpu_state import RAX, RCX
 from vmferry.machines.kvm import CpuFailure, KvmHost, abi
 from vmferry.machines.kvm.system import Kvm
 
@@ -280,7 +280,9 @@ def test_several_vcpus_run_at_once() -> None:
 def test_a_triple_fault_names_the_registers() -> None:
     # mov eax, 0x1234; ud2, with no interrupt descriptors
     with small("b8 34 12 00 00 0f 0b") as machine:
-        with pytest.raises(CpuFailure, match=r"vCPU 0: a triple fault; rip=0x10005 .*rax=0x1234") as caught:
+        with pytest.raises(
+            CpuFailure, match=r"vCPU 0: a triple fault; rip=0x10005 .*rax=0x1234"
+        ) as caught:
             machine.vcpu.run()
         assert caught.value.registers["cr3"] == machine.state().cr3
         assert caught.value.to_json()["registers"]["rax"] == 0x1234

@@ -63,9 +63,9 @@ def background(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = PROMPT) -> None:
     """Return as soon as *condition* holds; fail if it does not become true in time."""
-    deadline = time.monotonic() + PROMPT
+    deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.002)

@@ -191,9 +191,7 @@ class Destination:
             for number in (READY, *Identity.own().numbers()):
                 self._answers.say(Pong(number))
         reach("ready-said")
-        if not takeover.heard_go(self._deadlines.idle):
-            self._meter.phase("in-doubt")
-            takeover.resolve()
+        takeover.wait(self._deadlines.idle, lambda: self._meter.phase("in-doubt"))
         reach("go-heard")
         with suppress(TransportError):  # a source that said go does not take the machine back
             self._answers.confirm()

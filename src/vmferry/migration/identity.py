@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
+
+_LOOK: Final = 0.01
 
 NUMBERS: Final = 4
 """How many numbers make an identity."""
@@ -39,6 +42,18 @@ class Identity:
         """From what :meth:`numbers` gave."""
         high, low, pid, started = numbers
         return cls(high << 32 | low, pid, started)
+
+    def dies_within(self, seconds: float) -> bool:
+        """As :meth:`is_dead`, for a process that seems to be dying.
+
+        Its connections are closed before it counts as ended.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.is_dead():
+            if self.host != _host() or time.monotonic() > deadline:
+                return False
+            time.sleep(_LOOK)
+        return True
 
     def is_dead(self) -> bool:
         """Whether the process has certainly ended; false where that cannot be known."""

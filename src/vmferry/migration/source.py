@@ -56,6 +56,9 @@ _FLUSHES_SINCE: Final = (8, 1)
 
 _CANCELLED: Final = "the migration was cancelled on this side"
 
+_DYING: Final = 1.0
+"""Seconds that a process may take to end after its connections did."""
+
 _NOBODY: Final = UUID(int=0)
 
 
@@ -193,7 +196,7 @@ class Source:
             self._verdict.await_success(self._options.answer)
         except (TransportError, InDoubt) as error:
             # Over a direct connection nothing is lost that was said before the process ended.
-            if self._main.peer_pid == destination.pid and destination.is_dead():
+            if self._main.peer_pid == destination.pid and destination.dies_within(_DYING):
                 self.handover.hear(Word.GONE)
                 raise PeerError("the destination died before it took the machine") from error
             self.handover.hear(Word.LOST)

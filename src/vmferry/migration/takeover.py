@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -46,61 +46,63 @@ _ASK: Final = 0.1
 
 
 class Takeover:
-    """A destination's wait for the source's last word, on *main*, its main channel.
-
-    *source* is who sends, as far as it has said so.
-    """
+    """A destination's wait for the source's last word, on *main*, its main channel."""
 
     def __init__(self, main: Channel, source: Identity) -> None:
         self._main = main
         self._source = source
         self._decided = threading.Event()
         self._take = False
+        self._word = bytearray(len(Ping(GO).encode()))
+        self._have = 0
+        self._is_cut = False
 
     def decide(self, *, take: bool) -> None:
         """An operator's word, from any thread: run the machine, or drop it."""
         self._take = take
         self._decided.set()
 
-    def heard_go(self, patience: float | None) -> bool:
-        """Wait *patience* seconds for the source; false where it said nothing, or was cut off.
+    def wait(self, patience: float | None, in_doubt: Callable[[], None]) -> None:
+        """Return once the machine is this side's, however long that takes.
 
-        Raises :class:`PeerError` where the source keeps its machine.
+        *in_doubt* is called if the source has said nothing for *patience* seconds, or was cut off.
+        Raises :class:`PeerError` where the source keeps its machine, or the operator says so.
         """
-        word = bytearray(len(Ping(GO).encode()))
-        have = 0
         deadline = None if patience is None else time.monotonic() + patience
-        while have < len(word):
-            if self._decided.is_set():
-                self._check()
-            try:
-                count = self._main.recv_into(memoryview(word)[have:], _ASK)
-            except PeerSilent:
-                if deadline is not None and time.monotonic() > deadline:
-                    return False
-                continue
-            except TransportError:
-                return False
-            if not count:
-                return False
-            have += count
-        if word == Ping(ABORT).encode():
-            raise PeerError("the source has taken its machine back")
-        return word == Ping(GO).encode()
-
-    def resolve(self) -> None:
-        """In doubt: return once the machine is this side's after all, however long that takes.
-
-        Raises :class:`PeerError` where the operator says otherwise.
-        """
-        while not self._decided.wait(_ASK):
-            if self._source.is_dead():
+        doubting = False
+        while not self._decided.is_set():
+            if self._heard_go():
                 return
-        self._check()
-
-    def _check(self) -> None:
+            late = deadline is not None and time.monotonic() > deadline
+            if (self._is_cut or late) and self._source.is_dead():
+                return
+            if (self._is_cut or late) and not doubting:
+                doubting = True
+                in_doubt()
+            if self._is_cut:
+                self._decided.wait(_ASK)
         if not self._take:
             raise PeerError("the machine was dropped: its source may have it")
+
+    def _heard_go(self) -> bool:
+        """Listen for a moment."""
+        if self._is_cut:
+            return False
+        try:
+            count = self._main.recv_into(memoryview(self._word)[self._have :], _ASK)
+        except PeerSilent:
+            return False
+        except TransportError:
+            count = 0
+        self._is_cut = count == 0
+        self._have += count
+        if self._have < len(self._word):
+            return False
+        if self._word == Ping(GO).encode():
+            return True
+        if self._word == Ping(ABORT).encode():
+            raise PeerError("the source has taken its machine back")
+        raise PeerError(f"expected the source's last word, found {self._word.hex(' ')}")
 
 
 @contextmanager

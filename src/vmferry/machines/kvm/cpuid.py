@@ -52,6 +52,7 @@ _CHANGING: Final = {
     (7, 0, "ecx"): 1 << 4,
 }
 
+
 def guest_cpuid(supported: Iterable[CpuidEntry], number: int) -> Cpuid:
     """What the vCPU *number* is told: all that KVM and this machine can keep."""
     leaves = [_leaf(entry) for entry in supported if entry.function not in _HYPERVISOR]

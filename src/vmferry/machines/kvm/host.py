@@ -105,7 +105,9 @@ class KvmHost:
         try:
             fcntl.ioctl(self._vm, abi.SET_USER_MEMORY_REGION, region)  # type: ignore[call-overload]
         except OSError as error:
-            what = "it overlaps with other memory" if error.errno == errno.EEXIST else error.strerror
+            what = (
+                "it overlaps with other memory" if error.errno == errno.EEXIST else error.strerror
+            )
             raise MachineError(
                 f"KVM does not take {slot.size:#x} bytes of memory at {slot.start:#x}: {what}"
             ) from error

@@ -76,7 +76,9 @@ def write(vcpu: int, values: Mapping[int, int]) -> None:
     count = fcntl.ioctl(vcpu, abi.SET_MSRS, buffer)
     if count < len(entries):
         refused = entries[count]
-        raise ValueError(f"msrs: this host does not take {refused.data:#x} for {name(refused.index)}")
+        raise ValueError(
+            f"msrs: this host does not take {refused.data:#x} for {name(refused.index)}"
+        )
 
 
 def name(index: int) -> str:

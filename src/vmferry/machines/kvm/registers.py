@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import struct
-from collections.abc import Callable
 from ctypes import Structure
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -234,9 +233,7 @@ def _set(vcpu: int, request: int, value: Structure | bytearray, what: str) -> No
 
 
 def _xcr0(xcrs: Xcrs) -> int:
-    return next(
-        (entry.value for entry in xcrs.xcrs[: xcrs.nr_xcrs] if entry.xcr == 0), 1
-    )
+    return next((entry.value for entry in xcrs.xcrs[: xcrs.nr_xcrs] if entry.xcr == 0), 1)
 
 
 def set_cpuid(vcpu: int, leaves: list[abi.CpuidEntry]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from vmferry.errors import MachineError
 from vmferry.machines.cpu import Bus, Exit
 from vmferry.machines.cpu_state import CpuState
 from vmferry.machines.cpu_subsections import Cpuid
@@ -36,7 +35,14 @@ class KvmVcpu:
     """
 
     def __init__(
-        self, fd: int, number: int, bus: Bus, *, run_size: int, area: int, cpuid: Cpuid,
+        self,
+        fd: int,
+        number: int,
+        bus: Bus,
+        *,
+        run_size: int,
+        area: int,
+        cpuid: Cpuid,
         listed_msrs: tuple[int, ...],
     ) -> None:
         self._fd = fd
