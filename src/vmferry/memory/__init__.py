@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from .blocks import PAGE_SIZE, GuestMemory, MemoryBlock
+from .blocks import GuestMemory, MemoryBlock
+from .holes import PAGE_SIZE
+from .kvm import KvmSlots
 from .log import DirtyLog, open_dirty_log
 
 __all__ = [
     "PAGE_SIZE",
     "DirtyLog",
     "GuestMemory",
+    "KvmSlots",
     "MemoryBlock",
     "open_dirty_log",
 ]

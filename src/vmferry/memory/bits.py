@@ -1,36 +1,56 @@
-"""Flags, one of numpy's booleans for a page, and bitmaps, one bit for a page."""
+"""Sets of pages: *flags*, one of numpy's booleans for each page, and bitmaps of 64-bit words."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from vmferry.errors import UsageError, printable
 
-from .blocks import MemoryBlock
+if TYPE_CHECKING:
+    from .blocks import MemoryBlock
+
+Flags = npt.NDArray[np.bool_]
+Bitmap = npt.NDArray[np.uint64]
 
 _WORD: Final = 64
 
 
-def check_bitmap(block: MemoryBlock, bitmap: npt.NDArray[np.uint64]) -> None:
-    """Refuse a bitmap that has no bit for some page of the *block*."""
-    if bitmap.dtype != np.dtype("<u8") or len(bitmap) * _WORD < block.pages:
+@contextmanager
+def gathered(block: MemoryBlock, into: Bitmap) -> Iterator[Bitmap]:
+    """An empty bitmap for the *block*, which is added to the bitmap *into* at the end."""
+    words = -(-block.pages // _WORD)
+    if into.dtype != np.dtype("<u8") or len(into) < words:
         raise UsageError(
-            f"block {printable(block.name)}: expected a bitmap of {-(-block.pages // _WORD)} "
-            f"little-endian 64-bit words, found {len(bitmap)} of type {bitmap.dtype}"
+            f"block {printable(block.name)}: expected a bitmap of {words} little-endian 64-bit "
+            f"words, found {len(into)} of type {into.dtype}"
         )
+    found = np.zeros(words, np.uint64)
+    try:
+        yield found
+    finally:
+        # Also where an error ended it: what was found is not found again.
+        into[:words] |= found
 
 
-def set_bits(bitmap: npt.NDArray[np.uint64], first: int, flags: npt.NDArray[np.bool_]) -> int:
-    """Set the bit of every flag that is set, from bit *first* on, a multiple of 8; how many."""
+def set_bits(bitmap: Bitmap, first: int, flags: Flags) -> None:
+    """Set the bits from *first* on whose flags are set."""
+    if before := first % 8:
+        flags = np.concatenate([np.zeros(before, np.bool_), flags])
     packed = np.packbits(flags, bitorder="little")
     bitmap.view(np.uint8)[first // 8 :][: len(packed)] |= packed
-    return int(np.count_nonzero(flags))
 
 
-def runs(flags: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+def get_bits(bitmap: Bitmap, count: int) -> Flags:
+    """The first *count* bits as flags."""
+    return np.unpackbits(bitmap.view(np.uint8), count=count, bitorder="little").view(np.bool_)
+
+
+def runs(flags: Flags) -> list[tuple[int, int]]:
     """Where *flags* are set: the first of each run, and the one after its last."""
     edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)).tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))

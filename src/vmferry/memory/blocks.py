@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import ClassVar, Final, Self
 
@@ -18,8 +17,7 @@ import numpy.typing as npt
 from vmferry.errors import UsageError, VmferryError, printable
 from vmferry.units import format_size
 
-PAGE_SIZE: Final = 4096
-"""Bytes of a page, in blocks and in dirty logs."""
+from .holes import PAGE_SIZE, next_populated, populated
 
 _MAX_NAME: Final = 255
 """Bytes of a name: its length is one byte on the wire (QEMU 7.2 ``migration/ram.c``)."""
@@ -30,12 +28,14 @@ _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 class MemoryBlock:
     """One RAM block: *size* bytes at *address*, which are the content of the descriptor *fd*.
 
-    Another process may map ``fd``, whose size is sealed.  A dirty log sees writes to ``view``,
-    ``array`` and ``address``, by whatever thread or virtual CPU of this process; it does not see
-    writes to ``fd``, nor those through another mapping of it.
+    Another process may map ``fd``; its size is sealed.  Dirty logs see what this process writes
+    through ``view``, ``array`` and ``address``.  They do not see what is written to ``fd``, nor
+    what other processes write.
 
-    ``shared`` blocks are not sent (QEMU's ``x-ignore-shared``).  ``read_only`` ones are so for the
-    guest: the host may fill them.  Neither is in a dirty log.
+    ``shared``: another process that has the memory too can do without its content (QEMU's
+    ``x-ignore-shared``).  ``read_only``: the guest cannot write it; the host may.
+
+    Views of the block that somebody holds stay valid when it is closed.
     """
 
     def __init__(self, name: str, size: int, *, shared: bool, read_only: bool) -> None:
@@ -43,20 +43,18 @@ class MemoryBlock:
         self.size: Final = size
         self.shared: Final = shared
         self.read_only: Final = read_only
-        try:
+        with _refusal(name, size), contextlib.ExitStack() as cleanup:
             self.fd: Final = os.memfd_create(_label(name), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as error:
-            raise _refused(name, size, error) from error
-        try:
+            cleanup.callback(os.close, self.fd)
             os.ftruncate(self.fd, size)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._mapping = mmap.mmap(self.fd, size)
-        except OSError as error:
-            os.close(self.fd)
-            raise _refused(name, size, error) from error
-        self.array: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
-        self.view = memoryview(self._mapping)
+            mapping = mmap.mmap(self.fd, size)
+            cleanup.pop_all()
+        self.array: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
+        self.view = memoryview(mapping)
         self.address: Final = self.array.ctypes.data
+        self._mappings = {self.address: mapping}
+        self.use_huge_pages(self.address, on=True)
 
     @property
     def pages(self) -> int:
@@ -64,43 +62,57 @@ class MemoryBlock:
         return self.size // PAGE_SIZE
 
     @property
-    def logged(self) -> bool:
-        """Whether the block is in a dirty log."""
-        return not (self.shared or self.read_only)
+    def addresses(self) -> tuple[int, ...]:
+        """Where the block is mapped: at ``address``, and perhaps for virtual CPUs as well."""
+        return tuple(self._mappings)
 
     def next_populated(self, start: int) -> int:
-        """Where from byte *start* on there is memory next, in bytes; ``size`` if nowhere.
-
-        All else was never touched, and is zero.  It stays so only while nobody looks: reading a
-        page through a mapping allocates it.
-        """
-        try:
-            return os.lseek(self.fd, start, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return self.size
-            raise
+        """Where from byte *start* on there is memory next, in bytes; ``size`` if nowhere."""
+        found = next_populated(self.fd, start)
+        return self.size if found is None else found
 
     def populated(self) -> npt.NDArray[np.uint8]:
-        """A byte for each page, 0 where there is no memory: such a page was never touched."""
-        found = np.zeros(self.pages, np.uint8)
-        at = self.next_populated(0)
-        while at < self.size:
-            end = os.lseek(self.fd, at, os.SEEK_HOLE)
-            found[at // PAGE_SIZE : end // PAGE_SIZE] = 1
-            at = self.next_populated(end) if end < self.size else end
-        return found
+        """A byte for each page, 0 where there is no memory: such a page was never touched.
+
+        It is zero, and stays without memory only as long as nobody reads it.
+        """
+        return populated(self.fd, self.address, 0, self.pages).view(np.uint8)
+
+    def map_again(self) -> int:
+        """One more mapping of the block; its address.  See :meth:`GuestMemory.map_for_vcpus`."""
+        with _refusal(self.name, self.size):
+            mapping = mmap.mmap(self.fd, self.size)
+        address = np.frombuffer(mapping, np.uint8).ctypes.data
+        self._mappings[address] = mapping
+        self.use_huge_pages(address, on=True)
+        return address
+
+    def use_huge_pages(self, address: int, *, on: bool) -> None:
+        """Let a mapping have huge pages, where the host has them for shared memory, or not.
+
+        ``/sys/kernel/mm/transparent_hugepage/shmem_enabled`` says whether it has.
+        """
+        mapping = self._mappings[address]
+        if not mapping.closed:
+            # EINVAL where the kernel has no huge pages: that is right, too.
+            with contextlib.suppress(OSError):
+                mapping.madvise(mmap.MADV_HUGEPAGE if on else mmap.MADV_NOHUGEPAGE)
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody holds a view of it any more."""
         self.view.release()
         self.array = np.empty(0, np.uint8)
-        with contextlib.suppress(BufferError):
-            self._mapping.close()
+        for mapping in self._mappings.values():
+            with contextlib.suppress(BufferError):
+                mapping.close()
         os.close(self.fd)
 
     def __repr__(self) -> str:
         return f"<MemoryBlock {printable(self.name)} of {format_size(self.size)}>"
+
+
+Watcher = Callable[[MemoryBlock, int], None]
+"""What is told of a block and the address of a mapping of it, before anybody writes there."""
 
 
 class GuestMemory:
@@ -110,8 +122,9 @@ class GuestMemory:
 
     def __init__(self) -> None:
         self._blocks: dict[str, MemoryBlock] = {}
+        self._for_vcpus: dict[MemoryBlock, int] = {}
         self._lock = threading.Lock()
-        self._watchers: list[Callable[[MemoryBlock], None]] = []
+        self._watchers: list[Watcher] = []
 
     def add(
         self, name: str, size: int, *, shared: bool = False, read_only: bool = False
@@ -119,6 +132,8 @@ class GuestMemory:
         """One more block, of zeros; also while the machine runs and while a dirty log is active.
 
         *size* in bytes, a multiple of the page size; *name* as on the wire, 1 to 255 bytes.
+        Raises :class:`~vmferry.errors.UsageError` for others, and
+        :class:`~vmferry.errors.VmferryError` where the host has no such memory.
         """
         if size <= 0 or size % PAGE_SIZE:
             raise UsageError(
@@ -134,13 +149,26 @@ class GuestMemory:
                 raise UsageError(f"there is a block {printable(name)} already")
             block = MemoryBlock(name, size, shared=shared, read_only=read_only)
             try:
-                for watcher in self._watchers:
-                    watcher(block)
+                self._announce(block, block.address)
             except BaseException:
                 block.close()
                 raise
             self._blocks[name] = block
         return block
+
+    def map_for_vcpus(self, block: MemoryBlock) -> int:
+        """The address of a mapping of the block that only virtual CPUs of KVM write through.
+
+        What they write to a page that ``userfaultfd`` protects costs twice what KVM's own log
+        costs them.  Here that log is enough, and ``userfaultfd`` protects ``address`` alone, for
+        what the host writes.  Logs of any kind see what is written in either place.
+        """
+        with self._lock:
+            if block not in self._for_vcpus:
+                address = block.map_again()
+                self._announce(block, address)
+                self._for_vcpus[block] = address
+            return self._for_vcpus[block]
 
     @property
     def blocks(self) -> tuple[MemoryBlock, ...]:
@@ -158,18 +186,22 @@ class GuestMemory:
         """Bytes of all blocks together."""
         return sum(block.size for block in self.blocks)
 
-    def watch(self, watcher: Callable[[MemoryBlock], None]) -> None:
-        """Call *watcher* for every block, now and when it is added, before anybody can write."""
+    def watch(self, watcher: Watcher) -> None:
+        """Tell *watcher* of every mapping of every block, now and when it is made."""
         with self._lock:
             for block in self._blocks.values():
-                watcher(block)
+                for address in block.addresses:
+                    watcher(block, address)
             self._watchers.append(watcher)
 
-    def unwatch(self, watcher: Callable[[MemoryBlock], None]) -> None:
-        """Call *watcher* no more, if it was called at all."""
+    def unwatch(self, watcher: Watcher) -> None:
+        """Tell *watcher* no more."""
         with self._lock:
-            if watcher in self._watchers:
-                self._watchers.remove(watcher)
+            self._watchers.remove(watcher)
+
+    def _announce(self, block: MemoryBlock, address: int) -> None:
+        for watcher in self._watchers:
+            watcher(block, address)
 
     def close(self) -> None:
         """Close all blocks."""
@@ -177,6 +209,7 @@ class GuestMemory:
             for block in self._blocks.values():
                 block.close()
             self._blocks.clear()
+            self._for_vcpus.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -191,11 +224,17 @@ class GuestMemory:
 
 
 def _label(name: str) -> str:
-    """What ``/proc/PID/maps`` shows: ASCII without NUL, of at most 249 bytes."""
+    """What ``/proc/PID/maps`` shows; at most 249 bytes, without NUL (``memfd_create(2)``)."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in name)[:249]
 
 
-def _refused(name: str, size: int, error: OSError) -> VmferryError:
-    return VmferryError(
-        f"block {printable(name)}: no memory of {format_size(size)} to be had: {error.strerror}"
-    )
+@contextlib.contextmanager
+def _refusal(name: str, size: int) -> Iterator[None]:
+    """The host's refusal, as an error of this package."""
+    try:
+        yield
+    except OSError as error:
+        raise VmferryError(
+            f"block {printable(name)}: the host does not give {format_size(size)} of memory: "
+            f"{error.strerror}"
+        ) from error

@@ -3,6 +3,11 @@
 With ``UFFD_FEATURE_WP_ASYNC`` (Linux 6.7) a write to a protected page costs one short fault and
 wakes nobody.  :mod:`.pagemap` lists the pages that lost their protection and protects them again
 in the same step, so that no write falls between.
+
+No privilege is needed: ``UFFD_USER_MODE_ONLY`` keeps faults of the kernel from being *delivered*
+to this process, and here none is.  ``/dev/userfaultfd``, which only root may open, would add
+nothing.  But ``/proc/self/pagemap`` has to be readable, which it is not in a process that changed
+its user id until it executes a program (``PR_SET_DUMPABLE``).
 """
 
 from __future__ import annotations
@@ -12,18 +17,18 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from vmferry.errors import VmferryError
+from vmferry.errors import UsageError, VmferryError, printable
+from vmferry.pages import count_pages
 
-from .bits import check_bitmap, runs, set_bits
-from .blocks import PAGE_SIZE, GuestMemory, MemoryBlock
-from .pagemap import Pagemap, resident
-
-Flags = npt.NDArray[np.bool_]
+from .bits import Bitmap, Flags, gathered, runs, set_bits
+from .blocks import GuestMemory, MemoryBlock
+from .holes import PAGE_SIZE, REGION, populated, units_populated
+from .pagemap import Pagemap
 
 # linux/userfaultfd.h
 _UFFD_API: Final = 0xAA
@@ -37,124 +42,158 @@ _REGISTER: Final = 0xC020AA00
 _WRITEPROTECT: Final = 0xC018AA06
 _SYSTEM_CALL: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 
-_REGION: Final = 2 << 20
-"""What one page of page tables covers."""
-
 _WINDOW: Final = 1 << 30
 """Bytes looked at in one go: what the arrays for it have to hold."""
 
 
 class UserfaultfdLog:
-    """Sees all writes through the mapping: by threads, by the kernel, by virtual CPUs of KVM.
+    """Sees all writes of this process: by its threads, by the kernel, by virtual CPUs of KVM.
 
-    Memory that was never touched is not looked at: a *region* of 2 MiB is, from when it has memory
-    on.  Then all its pages are protected, those that have no memory yet by marks in the page table.
+    What a virtual CPU writes goes through the page tables of the process, and when they change
+    KVM's own follow (the kernel's MMU notifiers).  With *host_only* the mapping for virtual CPUs
+    is left out.
+
+    Memory that was never touched is not looked at: a region (2 MiB) is, from when it has memory
+    on.  Then all its pages are protected, holes too.  A page that was a hole and is read before
+    its region is protected counts as written.
     """
 
     name: Final = "userfaultfd"
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, *, host_only: bool = False) -> None:
         self._memory = memory
-        self._descriptor = -1
-        self._pagemap: Pagemap | None = None
-        self._regions: dict[MemoryBlock, Flags] = {}
+        self._host_only = host_only
+        self._mappings: dict[MemoryBlock, dict[int, Flags]] = {}
+        self._cleanup = ExitStack()
+
+    @classmethod
+    def missing(cls) -> str | None:
+        """What this host or this process lacks for such a log; ``None`` if it can be had."""
+        try:
+            Pagemap().close()
+        except PermissionError:
+            return (
+                "/proc/self/pagemap may not be opened: this process changed its user id and has "
+                "executed no program since"
+            )
+        except OSError as error:
+            return f"/proc/self/pagemap: {error.strerror}"
+        try:
+            os.close(_open())
+        except OSError as error:
+            return (
+                f"userfaultfd with UFFD_FEATURE_WP_ASYNC: {error.strerror}; Linux 6.7 has it, "
+                "and a filter for system calls may forbid it"
+            )
+        return None
 
     def start(self) -> None:
         """See :meth:`DirtyLog.start`."""
-        try:
-            self._pagemap = Pagemap()
-            self._descriptor = _open()
-            self._memory.watch(self._add)
-        except BaseException as error:
-            self.stop()
-            if isinstance(error, OSError):
-                raise VmferryError(f"no dirty log by userfaultfd: {error}") from error
-            raise
+        self.stop()
+        with ExitStack() as cleanup:
+            try:
+                self._pagemap = Pagemap()
+                cleanup.callback(self._pagemap.close)
+                # All protection ends with the descriptor.
+                self._descriptor = _open()
+                cleanup.callback(os.close, self._descriptor)
+                cleanup.callback(self._forget)
+                self._memory.watch(self._add)
+            except OSError as error:
+                raise VmferryError(f"no dirty log by userfaultfd: {error.strerror}") from error
+            cleanup.callback(self._memory.unwatch, self._add)
+            self._cleanup = cleanup.pop_all()
 
     def stop(self) -> None:
-        """See :meth:`DirtyLog.stop`.  All protection ends with the descriptor."""
-        self._memory.unwatch(self._add)
-        if self._pagemap is not None:
-            self._pagemap.close()
-            self._pagemap = None
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        self._regions.clear()
+        """See :meth:`DirtyLog.stop`."""
+        self._cleanup.close()
 
-    def collect(self, block: MemoryBlock, into: npt.NDArray[np.uint64]) -> int:
+    def content(self, block: MemoryBlock) -> memoryview:
+        """See :meth:`DirtyLog.content`."""
+        return block.view
+
+    def collect(self, block: MemoryBlock, into: Bitmap) -> int:
         """See :meth:`DirtyLog.collect`."""
-        check_bitmap(block, into)
-        if self._pagemap is None or block not in self._regions:
-            return 0
-        new = self._find_new(block)
-        count = 0
-        for start, end in _spans(self._regions[block], block.size):
-            written = self._pagemap.take_written(block.address + start, block.address + end)
+        with gathered(block, into) as found:
+            for address in self._mapped(block):
+                self._collect(block, address, found)
+        return count_pages(found)
+
+    def _mapped(self, block: MemoryBlock) -> dict[int, Flags]:
+        try:
+            return self._mappings[block]
+        except KeyError:
+            raise UsageError(
+                f"block {printable(block.name)} is in no dirty log that was started"
+            ) from None
+
+    def _collect(self, block: MemoryBlock, address: int, found: Bitmap) -> None:
+        regions = self._mappings[block][address]
+        new = _take_new(block, regions)
+        for start, end in _spans(regions, block.size):
+            written = self._pagemap.take_written(address + start, address + end)
             if written is None:
                 continue
-            first, last = start // _REGION, -(-end // _REGION)
-            for low, high in _spans(new[first:last], end - start):
-                pages = slice(low // PAGE_SIZE, high // PAGE_SIZE)
-                written[pages] &= _populated(block, start + low, written[pages])
-            count += set_bits(into, start // PAGE_SIZE, written)
-        return count
+            first = start // PAGE_SIZE
+            for low, high in _page_runs(new[start // REGION : -(-end // REGION)], len(written)):
+                # These had no marks before, so a hole looks as if it had been written.
+                at = address + start + low * PAGE_SIZE
+                written[low:high] &= populated(block.fd, at, first + low, first + high)
+            set_bits(found, first, written)
 
-    def _add(self, block: MemoryBlock) -> None:
-        if not block.logged:
+    def _add(self, block: MemoryBlock, address: int) -> None:
+        if self._host_only and address != block.address:
             return
-        self._ioctl(_REGISTER, block.address, block.size, _MODE_WP, 0)
-        self._regions[block] = np.zeros(-(-block.size // _REGION), np.bool_)
-        self._find_new(block)
-        for start, end in _spans(self._regions[block], block.size):
-            self._ioctl(_WRITEPROTECT, block.address + start, end - start, _PROTECT)
+        # A huge page would be one page here.
+        block.use_huge_pages(address, on=False)
+        self._ioctl(_REGISTER, address, block.size, _MODE_WP, 0)
+        regions = np.zeros(-(-block.size // REGION), np.bool_)
+        _take_new(block, regions)
+        for start, end in _spans(regions, block.size):
+            self._ioctl(_WRITEPROTECT, address + start, end - start, _PROTECT)
+        self._mappings.setdefault(block, {})[address] = regions
+
+    def _forget(self) -> None:
+        for block, addresses in self._mappings.items():
+            for address in addresses:
+                block.use_huge_pages(address, on=True)
+        self._mappings.clear()
 
     def _ioctl(self, request: int, *words: int) -> None:
         fcntl.ioctl(self._descriptor, request, bytearray(struct.pack(f"{len(words)}Q", *words)))
 
-    def _find_new(self, block: MemoryBlock) -> Flags:
-        """Take up the regions that have memory by now; which are new."""
-        known = self._regions[block]
-        new = np.zeros_like(known)
-        for first, last in runs(~known):
-            new[list(_having_memory(block, first, last, _REGION))] = True
-        known |= new
-        return new
-
-
-def _populated(block: MemoryBlock, start: int, wanted: Flags) -> Flags:
-    """Which of the *wanted* pages from byte *start* on have memory.
-
-    A page of a region that was not protected before is taken for written where it is not mapped,
-    for it may have been written and swapped out.  If so, the file has it.
-    """
-    known = resident(block.address + start, len(wanted))
-    offset = start // PAGE_SIZE
-    for first, last in runs(wanted & ~known):
-        for page in _having_memory(block, offset + first, offset + last, PAGE_SIZE):
-            known[page - offset] = True
-    return known
-
-
-def _having_memory(block: MemoryBlock, at: int, last: int, unit: int) -> Iterator[int]:
-    """Which of the units *at* to *last*, of *unit* bytes each, have memory."""
-    while at < last and (at := block.next_populated(at * unit) // unit) < last:
-        yield at
-        at += 1
-
 
 def _open() -> int:
-    libc = ctypes.CDLL(None, use_errno=True)
     number = _SYSTEM_CALL.get(os.uname().machine, -1)
-    descriptor = libc.syscall(number, _UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor: int = libc.syscall(number, _UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if descriptor < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    fcntl.ioctl(descriptor, _API, bytearray(struct.pack("3Q", _UFFD_API, _FEATURES, 0)))
-    return int(descriptor)
+    try:
+        fcntl.ioctl(descriptor, _API, bytearray(struct.pack("3Q", _UFFD_API, _FEATURES, 0)))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _take_new(block: MemoryBlock, regions: Flags) -> Flags:
+    """Set the *regions* that have memory by now; which are new."""
+    new = np.zeros_like(regions)
+    for first, last in runs(~regions):
+        new[list(units_populated(block.fd, first, last, REGION))] = True
+    regions |= new
+    return new
 
 
 def _spans(regions: Flags, size: int) -> Iterator[tuple[int, int]]:
     """The runs of regions that are set, in bytes, none longer than a window."""
     for first, last in runs(regions):
-        for start in range(first * _REGION, last * _REGION, _WINDOW):
-            yield start, min(start + _WINDOW, last * _REGION, size)
+        for start in range(first * REGION, last * REGION, _WINDOW):
+            yield start, min(start + _WINDOW, last * REGION, size)
+
+
+def _page_runs(regions: Flags, pages: int) -> Iterator[tuple[int, int]]:
+    """The runs of regions that are set, in pages, of which there are *pages*."""
+    for first, last in runs(regions):
+        yield first * REGION // PAGE_SIZE, min(last * REGION // PAGE_SIZE, pages)

@@ -49,12 +49,14 @@ _TAKE: Final = 1 << 12
 class DirtyBlock:
     """A RAM block, its log, and the pages of it that are still to be sent; made behind its start.
 
-    ``known`` has a byte for each page, 0 for those that never had memory.
+    ``content`` is what to send.  ``known`` has a byte for each page, 0 for those that never had
+    memory.
     """
 
     memory: MemoryBlock
     log: DirtyLog
     dirty: Numbers = field(init=False)
+    content: memoryview = field(init=False)
     known: npt.NDArray[np.uint8] = field(init=False)
     name: bytes = field(init=False)
     block: RamBlock = field(init=False)
@@ -62,6 +64,7 @@ class DirtyBlock:
     def __post_init__(self) -> None:
         pages = self.memory.pages
         self.dirty = np.zeros(-(-pages // 64), np.uint64)
+        self.content = self.log.content(self.memory)
         self.known = self.memory.populated()
         self.name = encode_name(self.memory.name)
         self.block = RamBlock(self.memory.name, self.memory.size)
@@ -72,8 +75,7 @@ class DirtyBlock:
 
     def collect(self) -> int:
         """Add what was written since the last time; how many pages are to be sent."""
-        if self.memory.logged:
-            self.log.collect(self.memory, self.dirty)
+        self.log.collect(self.memory, self.dirty)
         bits = np.unpackbits(self.dirty.view(np.uint8), bitorder="little")[: self.memory.pages]
         self.known |= bits
         return int(np.count_nonzero(bits))
@@ -186,7 +188,7 @@ class Precopy:
         while first < len(numbers):
             named, self._last_block = block is not self._last_block, block
             following, used, zero = pack_pages(
-                block.memory.array,
+                block.content,
                 numbers,
                 first,
                 PAGE_SIZE,
@@ -206,7 +208,7 @@ class Precopy:
         while first < len(numbers):
             packed = pack_pages_xbzrle(
                 cache,
-                block.memory.array,
+                block.content,
                 numbers,
                 first,
                 PAGE_SIZE,
@@ -232,17 +234,17 @@ class Precopy:
 def _hand_over(pages: PageSender, block: DirtyBlock, numbers: Numbers) -> Numbers:
     """Send the pages that have content over multifd; returns the others."""
     zero = np.empty(len(numbers), np.uint8)
-    count = zero_pages(block.memory.array, numbers, PAGE_SIZE, zero, block.known)
+    count = zero_pages(block.content, numbers, PAGE_SIZE, zero, block.known)
     if count < len(numbers):
         full = numbers[zero == 0]
-        pages.send(block.block, full, partial(_content, block.memory, full))
+        pages.send(block.block, full, partial(_content, block.content, full))
     rest: Numbers = numbers[zero != 0]
     return rest
 
 
-def _content(memory: MemoryBlock, pages: Numbers, buffer: memoryview) -> memoryview:
+def _content(memory: memoryview, pages: Numbers, buffer: memoryview) -> memoryview:
     first, count = int(pages[0]), len(pages)
     if int(pages[-1]) - first + 1 == count:
         # What is written while it is being sent is sent again, so no copy has to be made.
-        return memory.view[first * PAGE_SIZE : (first + count) * PAGE_SIZE]
-    return buffer[: gather_pages(memory.array, pages, PAGE_SIZE, buffer)]
+        return memory[first * PAGE_SIZE : (first + count) * PAGE_SIZE]
+    return buffer[: gather_pages(memory, pages, PAGE_SIZE, buffer)]
