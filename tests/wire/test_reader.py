@@ -17,6 +17,7 @@ from tests.wire.streams import (
     BLOCKS,
     CONFIGURATION,
     DESCRIPTION,
+    EARLY,
     END,
     EOF,
     HEADER,
@@ -24,6 +25,7 @@ from tests.wire.streams import (
     PACKAGE,
     PAGES,
     RAM,
+    STATE,
     STREAMS,
     TAIL,
     K,
@@ -278,6 +280,33 @@ def test_stream_is_refused_with(wrong, before, bad, message):
     assert outcome.place.offset == len(before) + in_front
     assert outcome.place.channel == "main"
     assert read_in_every_way(StreamReader, data).error is not None
+
+
+TWICE = described.section(0, "timer", described.fill(STATE)) * 2
+REPEATED = {
+    "described": described.tail(
+        TWICE, described.description(*2 * [described.device("timer", STATE)], page_size=K)
+    ),
+    "not described": TWICE + EOF,
+}
+
+
+@pytest.mark.parametrize("tail", REPEATED.values(), ids=REPEATED)
+def test_device_that_comes_again_is_refused(tail):
+    before = join(HEADER, CONFIGURATION, RAM)
+    outcome = read_in_every_way(StreamReader, before + tail)
+    with pytest.raises(StreamError, match="expected each device once, found instance 0 again"):
+        raise outcome.error or AssertionError("not refused")
+    place = outcome.place
+    assert (place.offset, place.section) == (len(before) + len(TWICE) // 2, "timer")
+
+
+def test_device_that_comes_early_and_again_is_refused():
+    before = join(HEADER, CONFIGURATION, start(2, BLOCKS, END), EARLY)
+    outcome = read_in_every_way(StreamReader, join(before, EARLY, part(2, END), end(2, END)))
+    with pytest.raises(StreamError, match="each device once, found instance 0 again"):
+        raise outcome.error or AssertionError("not refused")
+    assert outcome.place.offset == len(before)
 
 
 BAD_FOOTERS = [

@@ -34,7 +34,7 @@ from .commands import (
 )
 from .configuration import Configuration, parse_configuration
 from .description import UnreadDescription, VmDescription
-from .devices import Decode, EarlyFinder, TailFinder
+from .devices import Decode, DeviceRegion, DeviceSection, EarlyFinder, TailFinder
 from .disk import DiskReader
 from .framed import FrameReader, begins_frame
 from .layout import BITMAP_SECTION, DISK_SECTION, IGNORE_SHARED, MAPPED_RAM, RAM_SECTION, Kind
@@ -126,6 +126,7 @@ class StreamReader(ChannelReader[Event]):
         self._advised: PostcopyAdvise | None = None
         self._ram: RamReader | None = None
         self._sections: dict[int, _Iterable] = {}
+        self._devices_seen: set[tuple[str, int]] = set()
         self._described_before = 0
         self._early_size = 0
         self._tail: TailFinder | None = None
@@ -374,7 +375,7 @@ class StreamReader(ChannelReader[Event]):
         if self._described_before > limits.DEVICE_COUNT or self._early_size > limits.DEVICES:
             most = f"at most {limits.DEVICE_COUNT} devices and {limits.DEVICES} bytes of them"
             raise LimitExceeded(most, "more", offset=section.offset)
-        yield section
+        yield self._once(section)
 
     def _devices(self) -> Parse[None]:
         self._check_complete()
@@ -385,11 +386,25 @@ class StreamReader(ChannelReader[Event]):
             if found is None:
                 yield None
         self._tail = None
-        yield from found.sections
+        yield from map(self._once, found.sections)
         self.buffer.advance(found.devices_size + 1)
         yield EndOfStream()
         if found.description is not None:
             yield from self._describe(found.description, found.description_size)
+
+    def _once(self, section: DeviceSection | DeviceRegion) -> DeviceSection | DeviceRegion:
+        """*section*, if its device has not had one before."""
+        if isinstance(section, DeviceSection):
+            identity = section.name, section.instance
+            if identity in self._devices_seen:
+                raise self._at.fail(
+                    "each device once",
+                    f"instance {section.instance} again",
+                    offset=section.offset,
+                    section=section.name,
+                )
+            self._devices_seen.add(identity)
+        return section
 
     def _tail_finder(self) -> TailFinder:
         # Footers and the configuration came with the same machine types.
