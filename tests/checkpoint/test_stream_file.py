@@ -207,7 +207,7 @@ def test_thousands_of_devices_are_listed(tmp_path: Path) -> None:
 
 
 def test_devices_before_memory_are_bounded(tmp_path: Path) -> None:
-    early = b"".join(described.section(n, "early", b"abc") for n in range(3, 33_000))
+    early = b"".join(described.section(n, "early", b"abc", instance=n) for n in range(3, 33_000))
     survey = survey_of(tmp_path / "stream", head(), start(), early)
     assert isinstance(survey.error, LimitExceeded)
     assert survey.error.place.channel == "main"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -185,6 +187,29 @@ def test_send_does_not_wait_for_a_connection_that_cannot_be_made(
 
 
 # The same for Python users, who have no signals but another thread.
+
+
+EARLY = """
+import os, signal, sys
+
+class Interrupter:
+    def find_spec(self, name, path, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupter())
+from vmferry.cli import main
+sys.exit(main(["--version"]))
+"""
+
+
+@pytest.mark.parametrize("module", ["vmferry.cli.signals", "vmferry.cli.ending", "vmferry.cli.app"])
+def test_interrupt_before_it_has_begun_is_no_traceback(module: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, module], capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (-signal.SIGINT, 130)
+    assert (done.stdout, done.stderr) in [("", ""), ("", "vmferry: interrupted\n")]
 
 
 def test_cancelled_before_it_began_is_cancelled(tmp_path: Path) -> None:

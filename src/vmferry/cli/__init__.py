@@ -8,12 +8,16 @@ used.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the status that the process is to exit with, at once."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # Interrupted while all this is still imported, it ends without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .signals import Interrupted, raising_signals
 
     given = sys.argv[1:] if arguments is None else list(arguments)
