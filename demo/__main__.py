@@ -124,7 +124,7 @@ class Vmferry:
         """Wait for one more line of output; false where there is none."""
         line = self._process.stdout.readline() if self._process.stdout else ""
         if line and show:
-            say("  " + line.rstrip("\n"))
+            say(f"  {line}".rstrip())
         return bool(line)
 
 
