@@ -6,6 +6,7 @@ import copy
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Annotated, Any, ClassVar
 
 import pytest
@@ -165,9 +166,10 @@ def setter(path: str, value: Any) -> Callable[[Clock], None]:
         ("level", 2**31, "timer.level: expected an integer from -2147483648 to 2147483647, "),
         ("armed", 2, "timer.armed: expected a bool, found 2"),
         ("armed", None, "timer.armed: expected a bool, found None"),
+        ("armed", Decimal(1), "timer.armed: expected a bool, found Decimal"),
         ("expires", 2**63, "timer.expires: expected None or an integer from -92233"),
         ("channels[3].mode", 300, "timer.channels[3].mode: expected an integer from 0 to 255"),
-        ("channels[1]", None, "timer.channels[1]: expected a Channel, found None"),
+        ("channels[1]", None, "timer.channels[1]: expected an object of Channel, found None"),
         ("channels", [], "timer.channels: expected 4 elements, found 0"),
         ("channels", None, "timer.channels: expected a list, found None"),
         ("some", [1], "timer.some: expected as many as n says, 2, at most 3, found 1"),
@@ -183,7 +185,7 @@ def setter(path: str, value: Any) -> Callable[[Clock], None]:
         ("bits", -1, "timer.bits: expected an integer of at most 3 bits, found -1"),
         ("buffer", b"abc", "timer.buffer: expected 2 bytes, found 3"),
         ("extra.b", 256, "timer.extra.b: expected an integer from 0 to 255, found 256"),
-        ("extra", 7, "timer.extra: expected a Extra, found 7"),
+        ("extra", 7, "timer.extra: expected an object of Extra, found 7"),
     ],
 )
 def test_values_that_do_not_fit_are_not_saved(path: str, value: Any, message: str) -> None:

@@ -13,7 +13,7 @@ from vmferry.errors import StateError
 
 from . import plan as p
 from . import texts
-from .staging import WHOLE, Frame, Kept, Loader, Saver
+from .staging import Frame, Kept, Loader, Saver, replace
 from .values import Value, bounded, check_length, pack_one, shown
 
 NULL: Final = b"0"
@@ -62,7 +62,7 @@ class Numbers:
             values = [None if value == -1 else value for value in values]
         rows = shaped(self._kind.shape, values)
         if isinstance(current, list):
-            loader.commits.append((current, WHOLE, rows))
+            loader.commits.append((replace, current, rows))
             return Kept(rows)
         return rows
 
@@ -109,7 +109,7 @@ class Items:
             return Kept(shaped(kind.shape, seen))
         rows = shaped(kind.shape, items)
         if isinstance(current, list):
-            loader.commits.append((current, WHOLE, rows))
+            loader.commits.append((replace, current, rows))
             return Kept(shaped(kind.shape, seen))
         return rows
 

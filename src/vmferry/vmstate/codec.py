@@ -17,11 +17,12 @@ from vmferry.errors import StateError, printable
 
 from . import plan as p
 from . import texts
+from .access import Assign, assigner
 from .arrays import Items, Numbers
 from .linked import Queue, Tree
 from .runs import Run
 from .staging import Blank, Frame, Kept, Loader, Saver, View, begin_saving, run_hook
-from .values import Bits, Bytes, Custom, Number, One, Value
+from .values import Bits, Bytes, Custom, Number, One, Value, shown
 
 _SUBSECTION: Final = 5
 _HEAD: Final = struct.Struct(">I")
@@ -105,7 +106,9 @@ class StateCodec:
         """Decode a state, and make an object of it; its ``post_load`` waits for the others."""
         cls, required = self.plan.cls, self.plan.required
         if required is None:
-            raise StateError(f"a {cls.__qualname__} to load into", "none, and it cannot be made")
+            raise StateError(
+                f"an object of {cls.__qualname__} to load into", "none, and it cannot be made"
+            )
         target: Any = Blank(self.plan.defaults) if required else run_hook(cls.__name__, cls)
         hooks = self.plan.hooks
         if "pre_load" in hooks and not required:
@@ -158,7 +161,7 @@ class StateCodec:
                 current = getattr(frame.obj, part.attribute, None)
                 if current is None:
                     value = codec.load_new(loader)
-                    loader.commits.append((frame.obj, (part.attribute,), (value,)))
+                    loader.commits.append((assigner([part.attribute]), frame.obj, (value,)))
                 else:
                     value = codec.load_into(loader, current)
             except StateError as error:
@@ -166,7 +169,7 @@ class StateCodec:
             frame.seen[part.attribute] = value
         for part, _, _ in missing.values():
             if part.needed is None:
-                loader.commits.append((frame.obj, (part.attribute,), (None,)))
+                loader.commits.append((assigner([part.attribute]), frame.obj, (None,)))
 
 
 def needed_part(part: p.Part, obj: Any) -> Any:
@@ -176,7 +179,9 @@ def needed_part(part: p.Part, obj: Any) -> Any:
     value = getattr(obj, part.attribute, None)
     if (value is None and part.needed is None) or isinstance(value, part.plan.cls):
         return value
-    raise StateError(f"a {part.plan.cls.__qualname__}", repr(value)).inside(part.attribute)
+    raise StateError(f"an object of {part.plan.cls.__qualname__}", shown(value)).inside(
+        part.attribute
+    )
 
 
 def check_version(plan: p.Plan, version: int) -> None:
@@ -236,10 +241,15 @@ def _step(field: p.Field, name: str, version: int) -> _Step:
             step = _Temporary(name, kind, compile_plan(kind.plan, kind.plan.version))
         case p.Elements() as kind:
             codec = _array(kind, alike=texts.alike(field))
-            step = _Attribute(field.attribute, texts.entry_head(name), codec)
+            step = _attribute(field, name, codec)
         case kind:
-            step = _Attribute(field.attribute, texts.entry_head(name), _value(kind))
+            step = _attribute(field, name, _value(kind))
     return step if field.when is None else _Conditional(step, field.when, version)
+
+
+def _attribute(field: p.Field, name: str, codec: Value | Numbers | Items) -> _Attribute:
+    head = texts.entry_head(name)
+    return _Attribute(field.attribute, head, codec, assigner([field.attribute]))
 
 
 def _array(kind: p.Elements, *, alike: bool) -> Numbers | Items:
@@ -279,6 +289,7 @@ class _Attribute:
     attribute: str
     head: str
     codec: Value | Numbers | Items
+    assign: Assign
 
     def save(self, obj: Any, saver: Saver) -> str:
         try:
@@ -297,7 +308,7 @@ class _Attribute:
         if isinstance(value, Kept):
             frame.seen[self.attribute] = value.seen
         else:
-            loader.commits.append((frame.obj, (self.attribute,), (value,)))
+            loader.commits.append((self.assign, frame.obj, (value,)))
             frame.seen[self.attribute] = value
 
 
@@ -313,7 +324,8 @@ class _Temporary:
         value = run_hook(self.kind.save, getattr(obj, self.kind.save))
         if not isinstance(value, self.kind.plan.cls):
             raise StateError(
-                f"a {self.kind.plan.cls.__qualname__} of {self.kind.save}", repr(value)
+                f"an object of {self.kind.plan.cls.__qualname__} from {self.kind.save}",
+                shown(value),
             )
         since = len(saver.parts)
         inner = self.codec.save(value, saver)

@@ -10,7 +10,7 @@ from vmferry.errors import StateError
 
 from . import plan as p
 from . import texts
-from .staging import WHOLE, Frame, Kept, Loader, Saver
+from .staging import Frame, Kept, Loader, Saver, replace
 from .values import States, check_class, pack_one, shown
 
 _MORE: Final = b"\1"
@@ -53,7 +53,7 @@ class Queue:
             except StateError as error:
                 raise error.inside(f"[{index}]") from error.__cause__
         if isinstance(current, list):
-            loader.commits.append((current, WHOLE, items))
+            loader.commits.append((replace, current, items))
             return Kept(items)
         return items
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from keyword import iskeyword
 from typing import Any, ClassVar, Final, get_args, get_origin
 
 from vmferry.errors import DeclarationError
@@ -29,6 +30,8 @@ def members_of(
     parts: list[Part] = []
     for attribute, hint in hints.items():
         where = f"{cls.__qualname__}.{attribute}"
+        if not attribute.isidentifier() or iskeyword(attribute):
+            raise DeclarationError(f"{where}: no name that an attribute can have")
         member = _member(attribute, hint, where)
         if isinstance(member, Field):
             if isinstance(member.kind, Temporary):

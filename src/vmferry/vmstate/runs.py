@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 from vmferry.errors import StateError
 
 from . import plan as p
 from . import texts
+from .access import assigner, getter
 from .staging import Frame, Loader, Saver
 from .values import pack_one
 
@@ -26,7 +27,8 @@ class Run:
         self._unpacking = struct.Struct(">" + "".join(codes))
         # A bool is packed as the byte that it must be.
         self._packing = struct.Struct(self._unpacking.format.replace("?", "B"))
-        self._get = _getter(self._names)
+        self._get = getter(self._names)
+        self._assign = assigner(self._names)
         self._timers = tuple(i for i, (_, k) in enumerate(self._fields) if k.type == "timer")
         self._ends = [0]
         for field in fields:
@@ -99,7 +101,7 @@ class Run:
         for i, name, exact in self._checks:
             _check(values[i], getattr(obj, name, values[i]), name, exact=exact)
         loader.at = end
-        loader.commits.append((obj, self._names, values))
+        loader.commits.append((self._assign, obj, values))
         return values
 
     def _refuse_end(self, loader: Loader) -> None:
@@ -121,13 +123,6 @@ class Run:
 
 def _size(field: p.Field) -> int:
     return field.kind.size if isinstance(field.kind, p.Scalar | p.Gap) else 0
-
-
-def _getter(names: tuple[str, ...]) -> Callable[[Any], Any]:
-    if not names:
-        return lambda _: ()
-    get = attrgetter(*names)
-    return (lambda obj: (get(obj),)) if len(names) == 1 else get
 
 
 def _getter_of_items(places: tuple[int, ...]) -> Callable[[Any], Any]:

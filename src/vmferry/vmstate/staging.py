@@ -7,25 +7,20 @@ has decoded, so that a state that does not fit leaves its objects as they were.
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import repeat
 from types import FunctionType, MethodType
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from vmferry.errors import StateError
 
+from .access import Assign
 from .plan import Plan
 
 R = TypeVar("R")
 
 Hook: TypeAlias = Callable[[], None]
-
-
-WHOLE: Final = slice(None)
-"""All of a list."""
 
 
 @dataclass(slots=True)
@@ -47,14 +42,14 @@ class Saver:
 class Loader:
     """Where decoding is, and what is to be done when it has come through.
 
-    An entry of ``commits`` is an object, names and values; or a list or buffer, the slice of it
-    that changes, and what it becomes.  ``recording`` says that a predicate may ask for any field.
+    An entry of ``commits`` is a function, and the object, list or buffer and the values that it is
+    to be called with.  ``recording`` says that a predicate may ask for any field.
     """
 
     data: memoryview
     at: int
     recording: bool = False
-    commits: list[tuple[Any, tuple[str, ...] | slice, Sequence[Any]]] = field(default_factory=list)
+    commits: list[tuple[Assign, Any, Sequence[Any]]] = field(default_factory=list)
     after: list[Hook] = field(default_factory=list)
 
     def take(self, size: int) -> int:
@@ -68,12 +63,8 @@ class Loader:
 
     def commit(self) -> None:
         """Make the assignments."""
-        for target, names, values in self.commits:
-            if isinstance(names, slice):
-                target[names] = values
-            else:
-                # A loop of setattr that runs in C.
-                deque(map(setattr, repeat(target), names, values), 0)
+        for assign, target, values in self.commits:
+            assign(target, values)
 
 
 @dataclass(slots=True)
@@ -121,6 +112,11 @@ class Kept:
     """A value that is not to be assigned, as its assignments are staged; and how it will look."""
 
     seen: Any
+
+
+def replace(items: list[Any], values: Sequence[Any]) -> None:
+    """Assign all of a list."""
+    items[:] = values
 
 
 def begin_saving(plan: Plan, obj: Any, after: ExitStack) -> None:

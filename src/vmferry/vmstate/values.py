@@ -70,14 +70,15 @@ class Number:
 def pack_one(kind: p.Scalar, value: Any) -> bytes:
     """The bytes of one number."""
     number = -1 if value is None and kind.type == "timer" else value
-    if kind.code == "?":
-        if number is not True and number is not False and number not in (0, 1):
-            raise StateError(kind.range, shown(value))
-        return bytes([number])
+    # A bool is packed as the byte that it must be.
+    code = "B" if kind.code == "?" else kind.code
     try:
-        return struct.pack(f">{kind.code}", number)
+        packed = struct.pack(f">{code}", number)
     except (struct.error, OverflowError, TypeError):
-        raise StateError(kind.range, shown(value)) from None
+        packed = b""
+    if not packed or (kind.code == "?" and packed > b"\1"):
+        raise StateError(kind.range, shown(value))
+    return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,11 +137,14 @@ class Bytes:
             return bytes(data)
         fixed = kind.count is None
         if isinstance(current, bytearray) and len(current) == (kind.total if fixed else size):
-            loader.commits.append((current, slice(kind.start, kind.start + size), data))
+            loader.commits.append((self._replace, current, data))
             return Kept(data)
         if fixed and size != kind.total:
             raise StateError(f"a bytearray of {kind.total} to load into", shown(current))
         return bytearray(data)
+
+    def _replace(self, buffer: bytearray, data: Any) -> None:
+        buffer[self.kind.start : self.kind.start + len(data)] = data
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +231,7 @@ def bounded(count: int, name: str, multiple: int, bound: int) -> int:
 def check_class(value: Any, plan: p.Plan) -> None:
     """Refuse to save an object of another class."""
     if not isinstance(value, plan.cls):
-        raise StateError(f"a {plan.cls.__qualname__}", shown(value))
+        raise StateError(f"an object of {plan.cls.__qualname__}", shown(value))
 
 
 def swapped(numbers: array[Any]) -> bytes:
