@@ -11,10 +11,12 @@ from uuid import UUID
 
 import pytest
 
+import vmferry
 from tests.migration.boards import Disk
 from tests.migration.python_machine import PythonMachine
 from tests.migration.relay import Relay
-from tests.transports.support import wait_until
+from tests.transports.support import background, wait_until
+from tests.vmstate.analyze import ANALYZE, VARIABLE, analyze, find_script
 from vmferry import UsageError
 from vmferry.migration.control import Control, RunState
 from vmferry.migration.events import DowntimeRaised, Stalled
@@ -23,6 +25,8 @@ from vmferry.migration.takeover import GO, READY
 from vmferry.vmstate import U8, device
 from vmferry.wire.commands import Ping
 from vmferry.wire.return_path import Pong, Shut
+
+SCRIPT = find_script()
 
 LONG = 20.0
 """Seconds for what takes milliseconds on a machine that has nothing else to do."""
@@ -155,6 +159,36 @@ def test_file_takes_a_running_machine_and_gives_it_back(lab: Lab, tmp_path: Path
     later.incoming(f"file:{tmp_path}/saved")
     assert later.wait(LONG) == Status.COMPLETED, later.query()
     runs_on(later)
+
+
+def test_checkpoint_keeps_a_running_machine_and_gives_it_back(lab: Lab, tmp_path: Path) -> None:
+    source, _, _ = lab.pair()
+    listening = threading.Event()
+    received = background(
+        lambda: vmferry.receive(
+            lab.uri(name="keep"), tmp_path / "vm", started=lambda _: listening.set()
+        )
+    )
+    assert listening.wait(LONG)
+    source.migrate(lab.uri(name="keep"))
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    received.result(LONG).close()
+    later = lab.side("later", PythonMachine())
+    vmferry.send(tmp_path / "vm", later.incoming(lab.uri(name="give")))
+    assert later.wait(LONG) == Status.COMPLETED, later.query()
+    runs_on(later)
+
+
+@pytest.mark.skipif(SCRIPT is None, reason=f"{VARIABLE} does not say where {ANALYZE} is")
+def test_stream_of_a_running_machine_is_read_by_qemus_own_script(lab: Lab, tmp_path: Path) -> None:
+    assert SCRIPT is not None
+    source, _, _ = lab.pair()
+    machine(source).registry.register_iterative(Disk())
+    source.migrate(f"file:{tmp_path}/saved")
+    assert source.wait(LONG) == Status.SENT
+    read = analyze(SCRIPT, tmp_path / "saved")
+    assert read["processor (1)"]["steps"] == f"{machine(source).steps:#018x}"
+    assert {name.split(" ")[0] for name in read} >= {"processor", "disk", "globalstate", "ram"}
 
 
 @device("other", version=1)

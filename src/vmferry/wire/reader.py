@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from vmferry.errors import LimitExceeded, StreamError, UsageError, printable
 
@@ -49,9 +49,11 @@ from .sections import (
     parse_header,
     parse_start,
 )
+from .split import DecodedDevices
 
 Event = Any
 Body = Callable[[Cursor], Parse[None]]
+_Devices: TypeAlias = DeviceSection | DeviceRegion | DecodedDevices
 
 VERSIONS: Final = {
     RAM_SECTION: 4,
@@ -392,7 +394,7 @@ class StreamReader(ChannelReader[Event]):
         if found.description is not None:
             yield from self._describe(found.description, found.description_size)
 
-    def _once(self, section: DeviceSection | DeviceRegion) -> DeviceSection | DeviceRegion:
+    def _once(self, section: _Devices) -> _Devices:
         """*section*, if its device has not had one before."""
         if isinstance(section, DeviceSection):
             identity = section.name, section.instance
