@@ -78,6 +78,14 @@ def test_packing_goes_on_where_the_room_ended(kernels, room):
 
 
 @both
+def test_room_that_is_just_enough_is_used(kernels):
+    memory, pages = memory_of(ONES, ZEROS), numbers(0, 1)
+    assert packed(kernels, memory, pages[:1], room=4111)[0] == 1
+    assert packed(kernels, memory, pages[1:], room=16)[0] == 1
+    assert packed(kernels, memory, pages, named=False, room=4113)[0] == 2
+
+
+@both
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_pages_of_every_size_are_packed(kernels, page_size):
     memory = memory_of(bytes(page_size), b"\5" * page_size)

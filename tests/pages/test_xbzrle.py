@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import ctypes
+import mmap
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -144,6 +148,26 @@ def test_room_is_that_of_a_page(kernels, what, runs, size):
     page = b"".join(bytes([number % 2]) * length for number, length in enumerate(runs))
     for wire in (encoded(kernels, bytes(64), page), encode(bytes(64), page)):
         assert (None if wire is None else len(wire)) == size
+
+
+@both
+def test_nothing_is_written_where_the_length_of_an_unchanged_run_fills_the_room(kernels):
+    start = b"\1\0" * 339 + b"\1\1\1"
+    assert len(encode(bytes(4096), start.ljust(4096, b"\0"))) == 1022
+    assert encoded(kernels, bytes(1024), start + bytes(200) + b"\1" * 143) is None
+
+
+@both
+def test_nothing_is_read_behind_the_page(kernels):
+    """It would not return: what follows is no memory of this process."""
+    area = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    behind = np.frombuffer(area, np.uint8)[mmap.PAGESIZE :].ctypes.data
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), mmap.PAGESIZE, 0) == 0
+    page = memoryview(area)[mmap.PAGESIZE - 64 : mmap.PAGESIZE]
+    page[60:] = b"abcd"
+    assert encoded(kernels, bytes(64), page) == b"\x3c\4abcd"
+    assert kernels.xbzrle_decode(b"\x3c\4efgh", page)
+    assert page[60:] == b"efgh"
 
 
 @both
