@@ -1,4 +1,4 @@
-"""A machine of a few bytes: code in hex on one vCPU, and a bus that writes down what it is asked."""
+"""A machine of a few bytes: code in hex on a vCPU, and a bus that notes what it is asked."""
 
 from __future__ import annotations
 

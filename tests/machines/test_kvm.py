@@ -280,9 +280,8 @@ def test_several_vcpus_run_at_once() -> None:
 def test_a_triple_fault_names_the_registers() -> None:
     # mov eax, 0x1234; ud2, with no interrupt descriptors
     with small("b8 34 12 00 00 0f 0b") as machine:
-        with pytest.raises(
-            CpuFailure, match=r"vCPU 0: a triple fault; rip=0x10005 .*rax=0x1234"
-        ) as caught:
+        said = r"vCPU 0: a triple fault; rip=0x10005 .*rax=0x1234"
+        with pytest.raises(CpuFailure, match=said) as caught:
             machine.vcpu.run()
         assert caught.value.registers["cr3"] == machine.state().cr3
         assert caught.value.to_json()["registers"]["rax"] == 0x1234
@@ -293,12 +292,12 @@ def test_memory_that_is_gone_ends_the_guest() -> None:
         state = machine.state()
         state.cr3 = 1 << 30
         machine.vcpu.write(state)
-        with pytest.raises(CpuFailure, match="vCPU 0: .*cr3=0x40000000"):
+        with pytest.raises(CpuFailure, match=r"vCPU 0: .*cr3=0x40000000"):
             machine.vcpu.run()
 
 
 def test_without_the_device_there_is_a_reason(tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match="there is no .*/kvm: .*kvm_intel or kvm_amd"):
+    with pytest.raises(MachineError, match=r"there is no .*/kvm: .*kvm_intel or kvm_amd"):
         KvmHost(Recorder(), device=str(tmp_path / "kvm"))
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(MachineError, match="file is no KVM device"):

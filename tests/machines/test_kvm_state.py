@@ -227,6 +227,19 @@ def test_a_refused_state_says_so_when_it_is_loaded() -> None:
         assert content(destination) == before
 
 
+def test_what_unicorn_does_not_have_does_not_move_there() -> None:
+    unicorn = pytest.importorskip("vmferry.machines.unicorn", reason="Unicorn is not installed")
+    with small() as machine:
+        vcpu = unicorn.UnicornHost(machine.bus).add_vcpu()
+        state = machine.state()
+        vcpu.write(state)
+        for what in ("avx", "a memory type range", "an nmi"):
+            state = machine.state()
+            CHANGES[what](state)
+            with pytest.raises(ValueError, match="the guest uses what Unicorn does not have"):
+                vcpu.write(state)
+
+
 def test_a_vcpu_that_has_run_keeps_its_cpuid() -> None:
     with small("f4") as machine:
         machine.until_halt()

@@ -21,8 +21,6 @@ class Exit(Enum):
     """Another thread asked for it, or for no reason: it may be run again at once."""
     HALTED = auto()
     """The guest executed ``hlt``; the program counter is behind it."""
-    SHUTDOWN = auto()
-    """A triple fault: the guest cannot go on."""
 
 
 class Bus(Protocol):
@@ -57,7 +55,8 @@ class Vcpu(Protocol):
     def run(self) -> Exit:
         """Run the guest in the calling thread; always the same thread.
 
-        Raises :class:`~vmferry.errors.MachineError` where the host cannot go on with the guest.
+        Raises :class:`~vmferry.errors.MachineError` where the host cannot go on with the guest, as
+        after a triple fault.
         """
 
     def kick(self) -> None:

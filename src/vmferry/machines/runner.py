@@ -139,9 +139,7 @@ class Runner:
                 self._fail(error)
                 reason = Exit.KICKED
             self._leave(index)
-            if reason is Exit.SHUTDOWN:
-                self._fail(MachineError(f"vCPU {index} was shut down by a triple fault"))
-            elif reason is Exit.HALTED or index in self._resting:
+            if reason is Exit.HALTED or index in self._resting:
                 self._resting.discard(index)
                 self._wait_alarm(index)
 

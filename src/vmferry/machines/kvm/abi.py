@@ -133,9 +133,16 @@ class MsrEntry(Structure):
 class CpuidEntry(Structure):
     """``struct kvm_cpuid_entry2``."""
 
-    _fields_ = tuple(
-        (name, c_uint32) for name in ("function", "index", "flags", "eax", "ebx", "ecx", "edx")
-    ) + (("padding", c_uint32 * 3),)
+    _fields_ = (
+        ("function", c_uint32),
+        ("index", c_uint32),
+        ("flags", c_uint32),
+        ("eax", c_uint32),
+        ("ebx", c_uint32),
+        ("ecx", c_uint32),
+        ("edx", c_uint32),
+        ("padding", c_uint32 * 3),
+    )
 
 
 CPUID_INDEXED: Final = 1

@@ -6,7 +6,8 @@ Intel's Software Developer's Manual, volume 2, ``CPUID``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from ctypes import sizeof
 from typing import Final
 
 from vmferry.machines.cpu_subsections import Cpuid, Leaf
@@ -53,9 +54,9 @@ _CHANGING: Final = {
 }
 
 
-def guest_cpuid(supported: Iterable[CpuidEntry], number: int) -> Cpuid:
+def guest_cpuid(supported: bytes, number: int) -> Cpuid:
     """What the vCPU *number* is told: all that KVM and this machine can keep."""
-    leaves = [_leaf(entry) for entry in supported if entry.function not in _HYPERVISOR]
+    leaves = [leaf for leaf in unpack(supported).leaves if leaf.function not in _HYPERVISOR]
     for (function, index, register), bits in _UNFULFILLED.items():
         for leaf in leaves:
             if (leaf.function, leaf.index) == (function, index):
@@ -83,20 +84,29 @@ def check_cpuid(wanted: Cpuid, ours: Cpuid) -> None:
         )
 
 
-def entries(cpuid: Cpuid) -> list[CpuidEntry]:
-    """The leaves as KVM takes them."""
-    return [
-        CpuidEntry(
-            leaf.function,
-            leaf.index,
-            CPUID_INDEXED if leaf.indexed else 0,
-            leaf.eax,
-            leaf.ebx,
-            leaf.ecx,
-            leaf.edx,
+def pack(cpuid: Cpuid) -> bytes:
+    """The leaves as KVM takes them: entries one behind the other."""
+    return b"".join(
+        bytes(
+            CpuidEntry(
+                leaf.function,
+                leaf.index,
+                CPUID_INDEXED if leaf.indexed else 0,
+                leaf.eax,
+                leaf.ebx,
+                leaf.ecx,
+                leaf.edx,
+            )
         )
         for leaf in cpuid.leaves
-    ]
+    )
+
+
+def unpack(data: bytes) -> Cpuid:
+    """The leaves of entries as KVM gives them."""
+    count = len(data) // sizeof(CpuidEntry)
+    entries = (CpuidEntry * count).from_buffer_copy(data)
+    return Cpuid(count, [_leaf(entry) for entry in entries])
 
 
 def by_number(cpuid: Cpuid) -> Mapping[tuple[int, int], Leaf]:

@@ -95,7 +95,7 @@ class KvmHost:
             raise UsageError(f"what is written to the slot {slot.number} is not logged")
         words = np.zeros(-(-slot.size // (4096 * 64)), np.uint64)
         argument = abi.DirtyLog(slot.number, 0, words.ctypes.data)
-        fcntl.ioctl(self._vm, abi.GET_DIRTY_LOG, argument)  # type: ignore[call-overload]
+        fcntl.ioctl(self._vm, abi.GET_DIRTY_LOG, argument)
         return words
 
     def _set_slot(self, slot: Slot, *, log: bool) -> None:
@@ -103,11 +103,10 @@ class KvmHost:
         flags |= abi.MEMORY_READ_ONLY if slot.read_only else 0
         region = MemoryRegion(slot.number, flags, slot.start, slot.size, slot.address)
         try:
-            fcntl.ioctl(self._vm, abi.SET_USER_MEMORY_REGION, region)  # type: ignore[call-overload]
+            fcntl.ioctl(self._vm, abi.SET_USER_MEMORY_REGION, region)
         except OSError as error:
-            what = (
-                "it overlaps with other memory" if error.errno == errno.EEXIST else error.strerror
-            )
+            overlaps = error.errno == errno.EEXIST
+            what = "it overlaps with other memory" if overlaps else error.strerror
             raise MachineError(
                 f"KVM does not take {slot.size:#x} bytes of memory at {slot.start:#x}: {what}"
             ) from error
@@ -119,15 +118,23 @@ class KvmHost:
         number = len(self._vcpus)
         if number == (most := self._ask(Capability.MAX_VCPUS)):
             raise MachineError(f"KVM runs {most} vCPUs and no more")
-        vcpu = KvmVcpu(
-            fcntl.ioctl(self._vm, abi.CREATE_VCPU, number),
-            number,
-            self._bus,
-            run_size=self._kvm.run_size,
-            area=self._area,
-            cpuid=guest_cpuid(self._supported, number),
-            listed_msrs=self._listed,
-        )
+        try:
+            fd = fcntl.ioctl(self._vm, abi.CREATE_VCPU, number)
+        except OSError as error:
+            raise MachineError(f"KVM makes no vCPU {number}: {error.strerror}") from error
+        try:
+            vcpu = KvmVcpu(
+                fd,
+                number,
+                self._bus,
+                run_size=self._kvm.run_size,
+                area=self._area,
+                cpuid=guest_cpuid(self._supported, number),
+                listed_msrs=self._listed,
+            )
+        except BaseException:
+            os.close(fd)
+            raise
         self._vcpus.append(vcpu)
         return vcpu
 

@@ -26,7 +26,7 @@ def prepare_thread(vcpu: int) -> None:
     """Block the signal in the calling thread, but for the time that it is in ``KVM_RUN``."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _KICK) - _KICK
     bits = sum(1 << number - 1 for number in mask)
-    fcntl.ioctl(vcpu, abi.SET_SIGNAL_MASK, abi.SignalMask(8, bits))  # type: ignore[call-overload]
+    fcntl.ioctl(vcpu, abi.SET_SIGNAL_MASK, abi.SignalMask(8, bits))
 
 
 def take_signal() -> None:

@@ -53,14 +53,19 @@ _NOT_STATE: Final = (
 """Listed by KVM, and nothing that the guest changed here."""
 
 
-def readable(vcpu: int, listed: Iterable[int]) -> dict[int, int]:
-    """The registers that travel, of those that KVM *listed*, with what they are now."""
+def travelling(vcpu: int, listed: Iterable[int]) -> list[int]:
+    """The registers that travel: of those that KVM *listed*, and takes as it gives them."""
     wanted = {*listed, *NAMES.values(), *_MTRRS}
     wanted = {index for index in wanted if not any(index in part for part in _NOT_STATE)}
-    found: dict[int, int] = {}
-    for index in sorted(wanted):
-        found |= read(vcpu, [index])
-    return found
+    # Setting the time stamp counter at all has KVM take a later value for an attempt to keep the
+    # vCPUs together, if the two are less than a second apart.
+    return [index for index in sorted(wanted) if index == TSC or _takes_back(vcpu, index)]
+
+
+def _takes_back(vcpu: int, index: int) -> bool:
+    buffer, _ = _argument([(index, 0)])
+    requests = (abi.GET_MSRS, abi.SET_MSRS)
+    return all(fcntl.ioctl(vcpu, request, buffer) == 1 for request in requests)
 
 
 def read(vcpu: int, indices: Iterable[int]) -> dict[int, int]:
@@ -76,9 +81,8 @@ def write(vcpu: int, values: Mapping[int, int]) -> None:
     count = fcntl.ioctl(vcpu, abi.SET_MSRS, buffer)
     if count < len(entries):
         refused = entries[count]
-        raise ValueError(
-            f"msrs: this host does not take {refused.data:#x} for {name(refused.index)}"
-        )
+        what = f"{refused.data:#x} for {name(refused.index)}"
+        raise ValueError(f"msrs: this host does not take {what}")
 
 
 def name(index: int) -> str:

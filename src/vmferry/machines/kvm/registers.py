@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import struct
-from ctypes import Structure
+from ctypes import Structure, sizeof
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -22,8 +22,9 @@ from .abi import DebugRegs, Events, Regs, Sregs, Xcrs
 
 S = TypeVar("S", bound=Structure)
 
-_GENERAL: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi") + tuple(
-    f"r{number}" for number in range(8, 16)
+_GENERAL: Final = (
+    *("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"),
+    *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15"),
 )
 """In the order of :attr:`~vmferry.machines.cpu_state.CpuState.registers`."""
 _SEGMENTS: Final = {name: name for name in ("cs", "ds", "es", "fs", "gs", "ss", "tr")} | {
@@ -221,13 +222,13 @@ def _to_segment(ours: cpu_state.Segment) -> abi.Segment:
 
 
 def _get(vcpu: int, request: int, into: S) -> S:
-    fcntl.ioctl(vcpu, request, into)  # type: ignore[call-overload]
+    fcntl.ioctl(vcpu, request, into)
     return into
 
 
 def _set(vcpu: int, request: int, value: Structure | bytearray, what: str) -> None:
     try:
-        fcntl.ioctl(vcpu, request, value)  # type: ignore[call-overload]
+        fcntl.ioctl(vcpu, request, value)
     except OSError as error:
         raise ValueError(f"{what}: this host does not take it ({error.strerror})") from error
 
@@ -236,7 +237,7 @@ def _xcr0(xcrs: Xcrs) -> int:
     return next((entry.value for entry in xcrs.xcrs[: xcrs.nr_xcrs] if entry.xcr == 0), 1)
 
 
-def set_cpuid(vcpu: int, leaves: list[abi.CpuidEntry]) -> None:
+def set_cpuid(vcpu: int, entries: bytes) -> None:
     """Say what ``cpuid`` tells; raises ``ValueError`` where KVM does not take it."""
-    head = struct.pack("<II", len(leaves), 0)
-    _set(vcpu, abi.SET_CPUID2, bytearray(head + b"".join(map(bytes, leaves))), "cpuid")
+    head = struct.pack("<II", len(entries) // sizeof(abi.CpuidEntry), 0)
+    _set(vcpu, abi.SET_CPUID2, bytearray(head + entries), "cpuid")

@@ -59,13 +59,13 @@ class Kvm:
         """Bytes of the ``kvm_run`` of a vCPU, with what follows it."""
         return fcntl.ioctl(self._fd, abi.GET_VCPU_MMAP_SIZE, 0)
 
-    def supported_cpuid(self) -> list[CpuidEntry]:
-        """What ``cpuid`` can tell a guest here, all features that KVM knows to support."""
+    def supported_cpuid(self) -> bytes:
+        """What ``cpuid`` can tell a guest here, in entries: all features that KVM supports."""
         buffer = bytearray(8 + _MANY * sizeof(CpuidEntry))
         struct.pack_into("<I", buffer, 0, _MANY)
         fcntl.ioctl(self._fd, abi.GET_SUPPORTED_CPUID, buffer)
         (count,) = struct.unpack_from("<I", buffer)
-        return list((CpuidEntry * count).from_buffer_copy(buffer, 8))
+        return bytes(buffer[8 : 8 + count * sizeof(CpuidEntry)])
 
     def msr_indices(self) -> tuple[int, ...]:
         """The model-specific registers that hold state, as KVM lists them."""

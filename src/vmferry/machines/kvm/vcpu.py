@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from vmferry.machines.cpu import Bus, Exit
@@ -17,7 +17,7 @@ from vmferry.machines.cpu_subsections import Cpuid
 
 from . import abi, kick, msrs, registers
 from .abi import Reason, RunHeader
-from .cpuid import check_cpuid, entries
+from .cpuid import check_cpuid, pack, unpack
 from .failures import CpuFailure
 from .xsave import Places
 
@@ -54,11 +54,12 @@ class KvmVcpu:
         self._inside: int | None = None
         self._thread: int | None = None
         self._started = False
-        self._host_cpuid = self._cpuid = cpuid
+        self._own_cpuid = cpuid
+        self._cpuid = pack(cpuid)
         self._places = Places.of(cpuid, area)
         self._tsc: int | None = None
-        registers.set_cpuid(fd, entries(cpuid))
-        self._msrs = list(msrs.readable(fd, listed_msrs))
+        registers.set_cpuid(fd, self._cpuid)
+        self._msrs = msrs.travelling(fd, listed_msrs)
         self._area = area
         self._reset = self._fetch()
 
@@ -135,7 +136,10 @@ class KvmVcpu:
                 raise self._failure(f"an unexpected exit, reason {self._header.exit_reason}")
 
     def _failure(self, what: str) -> CpuFailure:
-        return CpuFailure(f"vCPU {self._number}: {what}", registers.shown(self._fetch()))
+        known: dict[str, int] = {}
+        with suppress(OSError):  # of a VM that is beyond telling
+            known = registers.shown(self._fetch())
+        return CpuFailure(f"vCPU {self._number}: {what}", known)
 
     # Accesses
 
@@ -176,12 +180,14 @@ class KvmVcpu:
         if self._tsc is not None:
             held.msrs[msrs.TSC] = self._tsc
         registers.fill(state, held, self._places, self._reset)
-        state.cpuid = self._cpuid
+        state.cpuid = unpack(self._cpuid)
 
     def write(self, state: CpuState) -> None:
         """As :meth:`~vmferry.machines.cpu.Vcpu.write`; what is refused changes nothing."""
-        cpuid = state.cpuid or self._cpuid
-        check_cpuid(cpuid, self._host_cpuid)
+        cpuid = self._cpuid
+        if state.cpuid is not None:
+            check_cpuid(state.cpuid, self._own_cpuid)
+            cpuid = pack(state.cpuid)
         if cpuid != self._cpuid and self._started:
             raise ValueError("cpuid: a vCPU that has run keeps the one it has")
         wanted = registers.held_by(state, self._places, self._reset)
@@ -193,9 +199,9 @@ class KvmVcpu:
             raise
         self._cpuid, self._tsc = cpuid, state.msrs.tsc
 
-    def _put(self, held: registers.Held, cpuid: Cpuid) -> None:
+    def _put(self, held: registers.Held, cpuid: bytes) -> None:
         if not self._started:
-            registers.set_cpuid(self._fd, entries(cpuid))
+            registers.set_cpuid(self._fd, cpuid)
         registers.put(self._fd, held)
         # Without a local APIC in the kernel, KVM_RUN takes CR8 from here.
         self._header.cr8 = held.sregs.cr8

@@ -71,7 +71,7 @@ def split(area: bytearray, xcr0: int, places: Places) -> tuple[Fpu, Xsave | None
     components = [
         Component(number, offset, size, bytes(area[offset : offset + size]))
         for number, (offset, size) in sorted(places.components.items())
-        if bits >> number & 1
+        if bits >> number & 1 and any(area[offset : offset + size])
     ]
     if xcr0 == 1 and not components:
         return fpu, None

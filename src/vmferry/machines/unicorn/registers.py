@@ -2,7 +2,8 @@
 
 The engine shows no hidden part of the segments that 64-bit code does not use, so there is none:
 what it holds is a guest in 64-bit mode with flat segments, and no other state is taken.  Its time
-stamp counter is the host's, and is not set.
+stamp counter is the host's, and is not set; what the guest was told by ``cpuid`` is kept for the
+next host and has no meaning here.
 """
 
 from __future__ import annotations
@@ -113,6 +114,9 @@ def _check(state: CpuState) -> None:
     for name in ("cs", "ds", "es", "ss"):
         if getattr(state, name).base:
             raise ValueError(f"{name}: Unicorn takes a base of 0, and nothing else")
+    for name in ("xsave", "other_msrs", "events"):
+        if getattr(state, name) is not None:
+            raise ValueError(f"{name}: the guest uses what Unicorn does not have")
 
 
 def _segment(name: str, selector: int, base: int) -> Segment:
