@@ -14,7 +14,7 @@ from vmferry.errors import MachineError
 from vmferry.machines import GuestConfig, HostedMachine, MachineConfig, create
 from vmferry.machines.bus import DeviceBus
 from vmferry.machines.cpu_state import CpuState
-from vmferry.machines.guest.console import Console
+from vmferry.machines.guest.console import Console, Heartbeat
 from vmferry.machines.kvm import KvmHost
 from vmferry.machines.observer import check
 
@@ -76,6 +76,11 @@ class Hosted:
         self.machine.start()
         self.console.wait_filled()
         return self
+
+    def fresh_beat(self) -> Heartbeat:
+        """A heartbeat of a time after this call; the next one may be on its way already."""
+        self.console.wait_beat()
+        return self.console.wait_beat()
 
     def run_on(self) -> None:
         """Run until the guest has walked over all of its pages twice more."""

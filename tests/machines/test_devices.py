@@ -216,15 +216,30 @@ def test_input_that_nobody_reads_has_an_end() -> None:
 # The others
 
 
-def test_time_that_was_taken_stays_and_moves(tmp_path: Path) -> None:
-    first = RealTimeClock(clock=Clock(0x1122334455667788))
+def test_times_that_were_taken_stay_and_move(tmp_path: Path) -> None:
+    first = RealTimeClock(Clock(0x0102030405060708), clock=Clock(0x1122334455667788))
     first.write(0, 1, 0)
-    second = RealTimeClock(clock=Clock(5))
+    second = RealTimeClock(Clock(6), clock=Clock(5))
     move(first, second, tmp_path)
-    assert second.read(0, 4) == 0x55667788
-    assert second.read(4, 4) == 0x11223344
+    halves = [second.read(offset, 4) for offset in (0, 4, 8, 12)]
+    assert halves == [0x55667788, 0x11223344, 0x05060708, 0x01020304]
     second.write(0, 1, 0)
-    assert second.read(0, 4) == 5
+    assert [second.read(offset, 4) for offset in (0, 4, 8, 12)] == [5, 0, 6, 0]
+
+
+def test_clocks_with_something_in_between_are_read_again() -> None:
+    wall = Clock(100)
+
+    def delayed() -> int:
+        guest = wall.now
+        wall.now += delays.pop()
+        return guest
+
+    delays = [0, 1_000_000, 30_000]
+    clock = RealTimeClock(delayed, clock=wall)
+    clock.write(0, 1, 0)
+    assert clock.wall == clock.guest == 1_030_100
+    assert delays == []
 
 
 def test_first_exit_status_counts_and_moves(tmp_path: Path) -> None:

@@ -83,14 +83,14 @@ class HostedMachine:
             self.registry.register(cpu)
 
     def _bus(self) -> DeviceBus:
-        clock = RealTimeClock()
+        clock = RealTimeClock(self._timer.now)
         for device in (self._timer, self.serial, clock, self._exit):
             self.registry.register(device)
         timers = TIMER + TIMER_STRIDE * self.config.cpus
         return DeviceBus(
             ports=[
                 (range(SERIAL_PORT, SERIAL_PORT + 8), self.serial),
-                (range(CLOCK_PORT, CLOCK_PORT + 8), clock),
+                (range(CLOCK_PORT, CLOCK_PORT + 16), clock),
                 (range(EXIT_PORT, EXIT_PORT + 1), self._exit),
                 (range(REST_PORT, REST_PORT + self.config.cpus), RestPorts(self._timer)),
             ],

@@ -6,7 +6,7 @@ Lines, numbers in 16 hex digits::
     H time wall hot cold                heartbeat
     E vcpu kind page expected found     a page or a counter is wrong: the guest has stopped
 
-``time`` is guest time and ``wall`` the wall clock, both in ns; ``hot`` and ``cold`` are how many
+``time`` is guest time and ``wall`` the wall clock at the same instant, in ns; ``hot`` and ``cold`` are how many
 pages were rewritten and read so far, on all vCPUs together.
 """
 
@@ -48,7 +48,10 @@ class Heartbeat:
     filled: bool
 
     def stood_still(self, since: Heartbeat) -> int:
-        """For how many ns guest time stood still since another heartbeat, by the guest's clocks."""
+        """For how many ns guest time stood still since another heartbeat, by the guest's clocks.
+
+        The first heartbeat behind a pause may have been on its way before, and tell of that time.
+        """
         return (self.wall - since.wall) - (self.time - since.time)
 
 

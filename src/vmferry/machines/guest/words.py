@@ -56,9 +56,13 @@ filled:
     48 8d bb {LINE.d}           ; lea rdi, [rbx+LINE]
     44 88 17                    ; mov [rdi], r10b
     48 ff c7                    ; inc rdi
-    e8 {now.R}                  ; call now
-    e8 {hex.R}                  ; call hex
     e6 70                       ; out 0x70, al
+    e5 7c                       ; in eax, 0x7c
+    48 c1 e0 20                 ; shl rax, 32
+    48 89 c1                    ; mov rcx, rax
+    e5 78                       ; in eax, 0x78
+    48 09 c8                    ; or rax, rcx
+    e8 {hex.R}                  ; call hex
     e5 74                       ; in eax, 0x74
     48 c1 e0 20                 ; shl rax, 32
     48 89 c1                    ; mov rcx, rax
