@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from typing import Final
 
 from vmferry.errors import UsageError, VmferryError
@@ -61,4 +62,5 @@ def reach(point: str) -> None:
         return
     if _action == "fail":
         raise VmferryError(f"{_VARIABLE} asked for a failure at {point}")
-    os.kill(os.getpid(), _SIGNALS[_action])
+    # To the thread itself, so that it does not come a step further.
+    signal.pthread_kill(threading.get_ident(), _SIGNALS[_action])

@@ -99,7 +99,7 @@ def test_destination_that_fails_leaves_the_machine_to_the_source(pair: Pair, poi
     assert destination.run_state != "running"
 
 
-SHORT = {"x_vmferry_answer_deadline": 0.3, "x_vmferry_idle_deadline": 0.3}
+SHORT = {"x_vmferry_answer_deadline": 2.0, "x_vmferry_idle_deadline": 2.0}
 
 
 @pytest.mark.parametrize("point", ["memory-known", "loaded"])
