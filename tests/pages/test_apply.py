@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,6 +26,17 @@ from tests.pages.xbzrle import encode
 from vmferry.pages import ROW
 
 NAME = b"\x06pc.ram"
+
+
+@contextlib.contextmanager
+def open_memory(size: int) -> Iterator[tuple[int, np.ndarray]]:
+    fd = os.memfd_create("test")
+    os.ftruncate(fd, size)
+    mapping = mmap.mmap(fd, size)
+    yield fd, np.frombuffer(mapping, np.uint8)
+    os.close(fd)
+
+
 PAGES = 64
 
 
@@ -55,6 +71,22 @@ def test_zero_pages_of_either_form_leave_holes(kernels):
         assert applied(kernels, memory, *rows, data=ZEROS, known=known) == PAGES
         assert taken() == 0
         assert not known.any()
+
+
+@both
+def test_pages_without_content_before_may_come_through_the_file(kernels):
+    size = PAGES * 4096
+    with open_memory(size) as (fd, memory):
+        known = np.zeros(PAGES, np.uint8)
+        known[5] = 1
+        order = [0, 1, 2, 7, 5, 6, 6, 3, 4]
+        rows = rows_from(*((n * 4096 | PAGE, at * 4096, 4096) for at, n in enumerate(order)))
+        data = b"".join(bytes([at + 1]) * 4096 for at in range(len(order)))
+        assert kernels.apply_records(memory, rows, 0, data, 4096, known, fd) == len(order)
+        wanted = [1, 2, 3, 8, 9, 5, 7, 4]
+        assert memory.reshape(-1, 4096)[:8, 0].tolist() == wanted
+        assert memory.reshape(-1, 4096)[:8, 4095].tolist() == wanted
+        assert known[:9].tolist() == [1] * 8 + [0]
 
 
 @both

@@ -93,7 +93,7 @@ class MachineSink:
         block, known = self._blocks[name]
 
         def place(rows: Rows, first: int, data: memoryview) -> int:
-            return apply_records(block.array, rows, first, data, PAGE_SIZE, known)
+            return apply_records(block.array, rows, first, data, PAGE_SIZE, known, block.fd)
 
         try:
             place_rows(place, batch.rows, batch.data, PAGE_SIZE)

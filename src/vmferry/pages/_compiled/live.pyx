@@ -16,6 +16,7 @@ from .page cimport (
     is_zero,
     store_be64,
 )
+from .store cimport MAX_RUN, iovec, write_all
 from .xbzrle cimport decode
 
 
@@ -122,6 +123,29 @@ def gather_pages(
     return pages.shape[0] * page_size
 
 
+cdef struct Run:
+    uint64_t first
+    int count
+    iovec parts[MAX_RUN]
+
+
+cdef void write_run(int fd, Run *run, uint8_t *memory, uint32_t page_size) noexcept nogil:
+    """Write pages that follow each other through the file, and empty the run.
+
+    The file takes a page that it did not have as it comes; a mapping first clears one.
+    """
+    cdef int i, count = run.count
+    cdef iovec parts[MAX_RUN]
+    if count == 0:
+        return
+    run.count = 0
+    memcpy(parts, run.parts, count * sizeof(iovec))
+    if write_all(fd, parts, count, run.first * page_size) == 0:
+        return
+    for i in range(count):
+        memcpy(memory + (run.first + i) * page_size, run.parts[i].iov_base, page_size)
+
+
 def apply_records(
     uint8_t[::1] memory,
     const Row[::1] rows,
@@ -129,12 +153,15 @@ def apply_records(
     const uint8_t[::1] data,
     uint32_t page_size,
     uint8_t[::1] known,
+    int fd=-1,
 ):
     cdef uint64_t page, total = pages_of(memory, page_size, known)
     cdef Py_ssize_t i = first
     cdef uint32_t kind
     cdef uint8_t *target
     cdef const uint8_t *source
+    cdef Run run
+    run.count = 0
     if first < 0 or <uint64_t>known.shape[0] < total:
         raise ValueError("apply_records: a row before the first, or known not one byte for each page")
     with nogil:
@@ -145,6 +172,17 @@ def apply_records(
             kind = rows[i].word & KINDS
             target = &memory[page * page_size]
             source = &data[rows[i].position] if kind != ZERO and rows[i].length else NULL
+            if fd >= 0 and kind == PAGE and not known[page] and not is_zero(source, page_size):
+                known[page] = 1
+                if run.count in (0, MAX_RUN) or page != run.first + run.count:
+                    write_run(fd, &run, &memory[0], page_size)
+                    run.first = page
+                run.parts[run.count].iov_base = <void *>source
+                run.parts[run.count].iov_len = page_size
+                run.count += 1
+                i += 1
+                continue
+            write_run(fd, &run, &memory[0], page_size)
             if kind == XBZRLE:
                 known[page] = 1
                 if not decode(source, rows[i].length, target, page_size):
@@ -158,4 +196,6 @@ def apply_records(
             elif kind != PAGE:
                 break
             i += 1
+        if run.count:
+            write_run(fd, &run, &memory[0], page_size)
     return i

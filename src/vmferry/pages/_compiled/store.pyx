@@ -9,12 +9,6 @@ from .page cimport KINDS, MAX_PAGE, PAGE, XBZRLE, ZERO, Row, is_sound
 from .sums cimport page_sum
 from .xbzrle cimport decode
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t pwritev(int, const iovec *, int, long)
-
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int, void *, size_t, long)
     ssize_t pwrite(int, const void *, size_t, long)
@@ -33,10 +27,6 @@ cdef extern from *:
     }
     """
     int punch(int, long, long) nogil
-
-cdef enum:
-    MAX_RUN = 512  # pages in one gathered write
-
 
 cdef int write_all(int fd, iovec *parts, int count, long offset) noexcept nogil:
     """Write every part at *offset*; 0 or the errno."""

@@ -13,6 +13,8 @@ taken as zero and not looked at, because reading alone gives shared memory a pag
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 
 from vmferry.pages.rows import CONTINUE, KINDS, PAGE, ZERO, Rows
@@ -87,15 +89,24 @@ def gather_pages(memory: Memory, pages: U64, page_size: int, out: Memory) -> int
 
 
 def apply_records(
-    memory: Memory, rows: Rows, first: int, data: Bytes, page_size: int, known: Memory
+    memory: Memory,
+    rows: Rows,
+    first: int,
+    data: Bytes,
+    page_size: int,
+    known: Memory,
+    fd: int = -1,
 ) -> int:
     """Put the pages of ``rows[first:]`` into *memory*, and mark in *known* those with content.
 
     Memory must have been zero where *known* is 0; such a page stays untouched where a record says
-    that it is zero.  Returns the first row not done: ``len(rows)``, or a row that it cannot do (a
-    compressed page, an XBZRLE record that breaks a rule, whose page is then half patched, or a row
-    that is no page record or points outside the data or the block).  Several threads may do this at
-    once, as long as no two have the same page.
+    that it is zero.  *fd* may be the file of which *memory* is a mapping: it takes pages that never
+    had content with half the work.
+
+    Returns the first row not done: ``len(rows)``, or a row that it cannot do (a compressed page, an
+    XBZRLE record that breaks a rule, whose page is then half patched, or a row that is no page
+    record or points outside the data or the block).  Several threads may do this at once, as long
+    as no two have the same page.
     """
     memory, found, total = checked(memory, page_size, known)
     if first < 0 or len(found) < total:
@@ -109,6 +120,8 @@ def apply_records(
             return index
         payload = bytes(data[position : position + length])
         target = memory[page * page_size : (page + 1) * page_size]
+        if fd >= 0 and word & KINDS == PAGE and not found[page] and not is_zero(payload):
+            os.pwrite(fd, payload, page * page_size)
         if not _apply(word & KINDS, payload, target, found[page : page + 1]):
             return index
     return max(first, len(rows))
