@@ -11,8 +11,10 @@ from vmferry.migration.events import (
     DowntimeRaised,
     Event,
     Pass,
+    Resumed,
     Stalled,
     StatusChanged,
+    Stopped,
     Throttled,
     to_qmp,
 )
@@ -20,6 +22,13 @@ from vmferry.migration.stall import Stall
 from vmferry.migration.statistics import LiveProgress
 from vmferry.migration.status import Status
 from vmferry.qemu import QemuProcess
+
+
+def test_what_monitors_hear_of() -> None:
+    stall = Stall(5, 2.5, 1 << 20, 1.0, 1.0, 300)
+    assert to_qmp(Stalled(stall)) == ("VMFERRY_STALLED", {"message": str(stall)})
+    assert to_qmp(Stopped()) == ("STOP", {})
+    assert to_qmp(Resumed()) == ("RESUME", {})
 
 
 def test_statuses_and_passes_are_events_of_qmp() -> None:
@@ -36,7 +45,6 @@ def test_statuses_and_passes_are_events_of_qmp() -> None:
         LiveProgress("active"),
         Throttled(20),
         DowntimeRaised(450),
-        Stalled(Stall(5, 2.5, 1 << 20, 1.0, 1.0, 300)),
     ],
 )
 def test_the_others_are_not(event: Event) -> None:

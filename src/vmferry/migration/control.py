@@ -14,13 +14,14 @@ from typing import Any, TypeAlias
 
 from vmferry.errors import UsageError
 from vmferry.transports import Listener, connect, listen
+from vmferry.transports.uri import TcpAddress, UnixAddress, parse
 
 from . import capabilities as caps
 from . import parameters as params
 from .capabilities import Capability
 from .connections import Deadlines
 from .destination import Destination
-from .events import Event, StatusChanged, to_qmp
+from .events import OPTIONAL, Event, Resumed, Stalled, StatusChanged, Stopped, to_qmp
 from .live import LiveSource
 from .machine import LiveMachine
 from .machine_sink import MachineSink
@@ -46,13 +47,17 @@ class RunState(StrEnum):
 class Control:
     """Migrates one *machine*, as QEMU's monitor lets you; any thread may call.
 
-    *notify* is told QMP's events: ``STOP``, ``RESUME``, and with capability ``events``
-    ``MIGRATION`` and ``MIGRATION_PASS``; :meth:`watch` gives all there is.  What a method raises is
-    a :class:`~vmferry.errors.VmferryError`, and nothing has changed then.
+    *notify* is told QMP's events: ``STOP``, ``RESUME``, ``VMFERRY_STALLED``, and with capability
+    ``events`` ``MIGRATION`` and ``MIGRATION_PASS``; :meth:`watch` gives all there is.  A machine
+    that is *awaited* has nothing in it that could run before :meth:`incoming` has brought it.  What
+    a method raises is a :class:`~vmferry.errors.VmferryError`, and nothing has changed then.
     """
 
-    def __init__(self, machine: LiveMachine, *, notify: Notify | None = None) -> None:
+    def __init__(
+        self, machine: LiveMachine, *, notify: Notify | None = None, awaited: bool = False
+    ) -> None:
         self.machine = machine
+        self._awaited = awaited
         self._notify = notify or (lambda _name, _data: None)
         self._lock = threading.RLock()
         self.capabilities: frozenset[Capability] = frozenset({Capability.RETURN_PATH})
@@ -67,6 +72,8 @@ class Control:
         self._given_away = False
         self._watchers: list[SimpleQueue[Event]] = []
         self._error: Exception | None = None
+        self._address = ""
+        self._stall = ""
 
     # Settings
 
@@ -75,8 +82,7 @@ class Control:
         with self._lock:
             if self._track.current in UNDER_WAY:
                 raise UsageError("capabilities cannot be changed while a migration is under way")
-            incoming = self._destination is not None
-            self.capabilities = caps.checked(self.capabilities, changes, incoming=incoming)
+            self.capabilities = caps.checked(self.capabilities, changes, incoming=self._awaited)
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """``migrate-set-parameters``; they count at once, also while a migration is under way."""
@@ -95,12 +101,21 @@ class Control:
             return RunState.RUNNING
         if self._given_away:
             return RunState.POSTMIGRATE
-        if self._track.current in UNDER_WAY:
-            if self._destination is not None:
-                return RunState.INMIGRATE
-            if self._source is not None and self._source.has_stopped:
-                return RunState.FINISH_MIGRATE
+        if self._awaited:
+            return RunState.INMIGRATE
+        if self._track.current in UNDER_WAY and self._source and self._source.has_stopped:
+            return RunState.FINISH_MIGRATE
         return RunState.PAUSED
+
+    @property
+    def status(self) -> Status:
+        """The status of the latest migration."""
+        return self._track.current
+
+    @property
+    def error(self) -> Exception | None:
+        """Why the latest migration failed."""
+        return self._error
 
     @property
     def in_doubt(self) -> bool:
@@ -113,8 +128,10 @@ class Control:
         """``stop``: let the machine stand still."""
         with self._lock:
             self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
+            was_running = self.machine.running
             self.machine.pause()
-        self._notify("STOP", {})
+        if was_running:
+            self._tell(Stopped())
 
     def cont(self) -> None:
         """``cont``: let the machine run.
@@ -127,8 +144,11 @@ class Control:
                 return self._destination.decide(take=True)
             self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
             self._given_away = False
+            was_running = self.machine.running
             self.machine.resume()
-        return self._notify("RESUME", {})
+        if not was_running:
+            self._tell(Resumed())
+        return None
 
     def _refuse_while(self, *states: RunState) -> None:
         if self.run_state in states:
@@ -138,9 +158,12 @@ class Control:
 
     def migrate(self, uri: str) -> None:
         """``migrate``: begin to move the machine to *uri*; :meth:`query` tells how it goes."""
+        parse(uri)
         with self._lock:
             if self._track.current in UNDER_WAY:
                 raise UsageError("a migration is under way already")
+            if self._awaited:
+                raise UsageError("the machine has not come yet: it is not here to be migrated")
             if self._given_away:
                 raise UsageError("the machine was given away: it is not here to be migrated")
             track = StatusTrack(SOURCE, self._status_changed)
@@ -179,7 +202,8 @@ class Control:
                 loader=sink,
             )
             track = StatusTrack(DESTINATION, self._status_changed)
-            self._destination = destination
+            self._destination, self._awaited = destination, True
+            self._address = listener.address
             self._begin(track, lambda: self._run_destination(listener, destination))
             return listener.address
 
@@ -229,25 +253,28 @@ class Control:
         self.wait()
 
     def query(self) -> dict[str, Any]:
-        """``query-migrate``."""
+        """``query-migrate``; ``x-vmferry-stall`` tells of a migration that made no progress."""
         with self._lock:
             status, statistics = self._track.current, self._statistics
             if self._destination is not None:
-                return query_incoming(status)
+                listening = status in UNDER_WAY
+                return query_incoming(status, _socket_addresses(self._address) if listening else ())
             if statistics is None:
                 return {}
-            return statistics.query(
+            info = statistics.query(
                 status,
                 capabilities=self.capabilities,
                 parameters=self.parameters,
                 error=None if self._error is None else str(self._error),
             )
+            stalled = self._stall and status in UNDER_WAY
+            return info | ({"x-vmferry-stall": self._stall} if stalled else {})
 
     # In the thread of a migration
 
     def _begin(self, track: StatusTrack, run: Callable[[], None]) -> None:
         track.move(Status.SETUP)
-        self._track, self._error = track, None
+        self._track, self._error, self._stall = track, None, ""
         self._progress = Progress("setup")
         self._thread = threading.Thread(target=run, name="migration", daemon=True)
         self._thread.start()
@@ -273,9 +300,10 @@ class Control:
 
     def _taken(self, sink: MachineSink) -> None:
         """The machine is this side's."""
+        self._awaited = False
         if sink.runs:
             self.machine.resume()
-            self._notify("RESUME", {})
+            self._tell(Resumed())
 
     def _end(self, status: Status, error: Exception | None = None) -> None:
         if self._track.current == Status.CANCELLING:
@@ -295,7 +323,21 @@ class Control:
         self._tell(StatusChanged(status))
 
     def _tell(self, event: Event) -> None:
+        if isinstance(event, Stalled):
+            self._stall = str(event.report)
         for watcher in list(self._watchers):
             watcher.put(event)
-        if Capability.EVENTS in self.capabilities and (told := to_qmp(event)) is not None:
+        told = to_qmp(event)
+        if told and (told[0] not in OPTIONAL or Capability.EVENTS in self.capabilities):
             self._notify(*told)
+
+
+def _socket_addresses(uri: str) -> list[dict[str, str]]:
+    """What QEMU calls a ``SocketAddress``, for a URI that is one."""
+    match parse(uri):
+        case UnixAddress(path):
+            return [{"type": "unix", "path": path}]
+        case TcpAddress(host, port):
+            return [{"type": "inet", "host": host, "port": str(port)}]
+        case _:
+            return []

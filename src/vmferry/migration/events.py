@@ -1,12 +1,13 @@
 """What happens to a migration, for a user to iterate over, and the QMP events that some of it is.
 
-QEMU 7.2 ``qapi/migration.json``: ``MIGRATION`` and ``MIGRATION_PASS``, both only with capability
-``events``.
+QEMU 7.2 ``qapi/run-state.json``: ``STOP`` and ``RESUME``; ``qapi/migration.json``: ``MIGRATION``
+and ``MIGRATION_PASS``, both only with capability ``events``.  ``VMFERRY_STALLED`` is not QEMU's.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from .progress import Progress
 from .stall import Stall
@@ -49,9 +50,23 @@ class Stalled:
     report: Stall
 
 
-Event = StatusChanged | Pass | Progress | Throttled | DowntimeRaised | Stalled
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The machine was stopped, so that the rest of it can be sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The machine runs: here again, or here for the first time."""
+
+
+Event = StatusChanged | Pass | Progress | Throttled | DowntimeRaised | Stalled | Stopped | Resumed
 """Everything that happens; progress every tenth of a second or so, that of a source as
 :class:`~vmferry.migration.statistics.LiveProgress`."""
+
+
+OPTIONAL: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
+"""The QMP events that are for capability ``events`` only."""
 
 
 def to_qmp(event: Event) -> tuple[str, dict[str, object]] | None:
@@ -61,5 +76,11 @@ def to_qmp(event: Event) -> tuple[str, dict[str, object]] | None:
             return "MIGRATION", {"status": str(status)}
         case Pass(number):
             return "MIGRATION_PASS", {"pass": number}
+        case Stopped():
+            return "STOP", {}
+        case Resumed():
+            return "RESUME", {}
+        case Stalled(report):
+            return "VMFERRY_STALLED", {"message": str(report)}
         case _:
             return None

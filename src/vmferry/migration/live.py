@@ -22,7 +22,7 @@ from vmferry.wire.multifd import Method
 
 from .capabilities import Capability
 from .convergence import Convergence, Decision, Round
-from .events import DowntimeRaised, Event, Pass, Stalled, Throttled
+from .events import DowntimeRaised, Event, Pass, Resumed, Stalled, Stopped, Throttled
 from .handover import Stage, Word
 from .machine import LiveMachine
 from .machine_source import MachineSource
@@ -134,8 +134,11 @@ class LiveSource:
         )
 
     def _take_back(self) -> None:
-        if self._source.handover.may_run and self._outgoing.was_running:
+        """Let the machine run again where the migration has stopped it."""
+        stopped = self.has_stopped and self._outgoing.was_running and not self._machine.running
+        if self._source.handover.may_run and stopped:
             self._machine.resume()
+            self._tell(Resumed())
 
     # What the memory passes ask for
 
@@ -190,9 +193,13 @@ class LiveSource:
 
     def stop(self) -> None:
         """See :class:`~.precopy.Lead`."""
+        # Somebody may have paused it meanwhile.
+        self._outgoing.was_running = self._machine.running
         self.has_stopped = True
         self._statistics.stopped()
         self._machine.pause()
+        if self._outgoing.was_running:
+            self._tell(Stopped())
         reach("stopped")
         if self._machine.memory.blocks != self._blocks:
             raise UsageError("memory was added to the machine while it was being moved: try again")

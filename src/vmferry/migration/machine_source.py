@@ -32,6 +32,7 @@ class MachineSource:
     def __init__(self, machine: LiveMachine, capabilities: frozenset[Capability]) -> None:
         self._machine = machine
         self.was_running = machine.running
+        """Whether it ran when it was stopped for the switchover, or before that does."""
         self._ignore_shared = Capability.IGNORE_SHARED in capabilities
         self.configuration = Configuration(
             machine.name,
