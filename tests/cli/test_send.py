@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
@@ -47,17 +48,20 @@ def test_result_is_one_line(saved: Path, tmp_path: Path) -> None:
     assert package.open_stream(out).error is None
 
 
-def test_standard_output_carries_nothing_but_the_stream(saved: Path) -> None:
+@pytest.mark.parametrize(("more", "said"), [(["--json"], b'"event": "result"'), ([], b"sent pc-")])
+def test_standard_output_carries_nothing_but_the_stream(
+    more: list[str], said: bytes, saved: Path
+) -> None:
     done = subprocess.run(
-        [*COMMAND, "send", str(saved), "-", "--json"],
+        [*COMMAND, "send", str(saved), "-", *more],
         env=environment(),
         capture_output=True,
         check=False,
         timeout=60,
     )
     assert done.returncode == 0
-    assert vmferry("inspect", "-", stdin=done.stdout).returncode == 0
-    assert b'"event": "result"' in done.stderr
+    assert json.loads(vmferry("inspect", "-", "--json", stdin=done.stdout).stdout)["trailing"] == 0
+    assert said in done.stderr
 
 
 def test_one_command_feeds_another(saved: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -11,8 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .output import say
-from .reports import Done, Reporter, greeting
+from .reports import Done, Lines, Reporter
 from .views import T, View
 
 _BAR: Final = 20
@@ -22,11 +21,11 @@ _ROOM: Final = 68
 """Columns behind the phase from which on there is room for more than the numbers."""
 
 
-class Display(Reporter[T]):
+class Display(Lines[T]):
     """Lines that are drawn again and again, and are gone in the end."""
 
-    def __init__(self, view: View[T]) -> None:
-        super().__init__(view)
+    def __init__(self, view: View[T], out: TextIO) -> None:
+        super().__init__(view, out)
         self._is_over = False
         self._live = Live(
             _Rows(self), console=Console(stderr=True), refresh_per_second=8, transient=True
@@ -45,20 +44,23 @@ class Display(Reporter[T]):
         self._live.stop()
         super().__exit__(kind, error, trace)
 
-    def listening(self, address: str) -> None:
-        """The source may connect now."""
-        say(greeting(address))
+    def happened(self, event: str, text: str, **content: Any) -> None:
+        """Something else to hear of, above what is drawn."""
+        if self._live.is_started:
+            self._live.console.print(Text(text))
+        else:
+            super().happened(event, text, **content)
 
     def progress(self, now: T) -> None:
         """So far it got."""
-        super().progress(now)
+        Reporter.progress(self, now)
         if self.view.is_shown(now) and not self._is_over:
             self._live.start()
 
     def finished(self, done: Done) -> None:
         """It is done."""
         self._live.stop()
-        say(done.text)
+        super().finished(done)
 
 
 class _Rows:

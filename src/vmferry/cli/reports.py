@@ -81,6 +81,9 @@ class Reporter(Generic[T]):
     def listening(self, address: str) -> None:
         """The source may connect now."""
 
+    def happened(self, event: str, text: str, **content: Any) -> None:
+        """Something else to hear of: for people *text*, for programs *event* with its *content*."""
+
     def progress(self, now: T) -> None:
         """So far it got."""
         if self.view.phase(now) != "failed":
@@ -94,15 +97,20 @@ class Reporter(Generic[T]):
 
 
 class Lines(Reporter[T]):
-    """A line about once a second."""
+    """A line about once a second, and one for what happens, to *out*."""
 
-    def __init__(self, view: View[T]) -> None:
+    def __init__(self, view: View[T], out: TextIO) -> None:
         super().__init__(view)
+        self._out = out
         self._due = time.monotonic() + _EVERY
 
     def listening(self, address: str) -> None:
         """The source may connect now."""
-        say(greeting(address))
+        say(greeting(address), self._out)
+
+    def happened(self, event: str, text: str, **content: Any) -> None:  # noqa: ARG002
+        """Something else to hear of."""
+        say(text, self._out)
 
     def progress(self, now: T) -> None:
         """So far it got."""
@@ -114,7 +122,7 @@ class Lines(Reporter[T]):
 
     def finished(self, done: Done) -> None:
         """It is done."""
-        say(done.text)
+        say(done.text, self._out)
 
 
 class JsonLines(Reporter[T]):
@@ -130,6 +138,10 @@ class JsonLines(Reporter[T]):
     def listening(self, address: str) -> None:
         """The source may connect now."""
         self._event("listening", {"address": address})
+
+    def happened(self, event: str, text: str, **content: Any) -> None:  # noqa: ARG002
+        """Something else to hear of."""
+        self._event(event, content)
 
     def progress(self, now: T) -> None:
         """So far it got."""
@@ -157,15 +169,16 @@ def reporter(view: View[T], *, json: bool, quiet: bool, out_is_stream: bool = Fa
     """What was asked for; *out_is_stream* says that standard output carries the stream itself."""
     if json and quiet:
         raise UsageError("expected --json or --quiet, found both")
+    out = sys.stderr if out_is_stream else sys.stdout
     if json:
-        return JsonLines(view, sys.stderr if out_is_stream else sys.stdout)
+        return JsonLines(view, out)
     if quiet:
         return Reporter(view)
     if is_terminal(sys.stderr):
         from .display import Display
 
-        return Display(view)
-    return Lines(view)
+        return Display(view, out)
+    return Lines(view, out)
 
 
 def greeting(address: str) -> str:

@@ -10,6 +10,8 @@ from vmferry.units import format_rate, format_size
 
 T = TypeVar("T")
 
+_LIVE: Final = frozenset({"remaining", "dirty_rate", "expected_downtime", "throttle"})
+
 
 class View(Protocol[T]):
     """A kind of progress, for the eyes of people and of programs."""
@@ -77,8 +79,9 @@ class Moving:
         return ", ".join(*self.rows(now))
 
     def content(self, now: Progress) -> dict[str, Any]:
-        """Everything."""
-        return rounded(asdict(now))
+        """Everything but what only a running machine has."""
+        content = asdict(now)
+        return rounded({key: content[key] for key in content if key not in _LIVE})
 
 
 def rounded(content: dict[str, Any]) -> dict[str, Any]:
