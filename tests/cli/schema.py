@@ -207,6 +207,7 @@ MIGRATION: dict[str, Check] = {
     "expected_downtime": optional(seconds),
     "downtime": optional(seconds),
     "throttle": optional(size),
+    "stall": text,
     "error": text,
     "confirmed": optional(flag),
 }
@@ -238,5 +239,15 @@ def migrate_event(value: Any, where: str) -> None:
         obj({"event": text} | MIGRATION)(value, where)
     elif value["ok"]:
         obj(_RESULT | {"target": text} | MIGRATION)(value, where)
+    else:
+        event(value, where)
+
+
+def run_event(value: Any, where: str) -> None:
+    """A line of ``vmferry run --json``."""
+    if value["event"] == "state":
+        obj({"event": text, "state": text})(value, where)
+    elif value["event"] == "result" and value["ok"]:
+        obj(_RESULT | {"reason": text})(value, where)
     else:
         event(value, where)

@@ -20,7 +20,9 @@ def test_version_is_shown() -> None:
     assert (done.returncode, done.stdout) == (0, f"vmferry {package.__version__}\n")
 
 
-@pytest.mark.parametrize("verb", ["receive", "send", "inspect", "migrate", "status", "convert"])
+@pytest.mark.parametrize(
+    "verb", ["receive", "send", "inspect", "run", "migrate", "status", "convert"]
+)
 def test_help_tells_every_verb(verb: str) -> None:
     assert f"\n  {verb} " in vmferry("--help").stdout
     done = vmferry(verb, "--help")

@@ -15,6 +15,8 @@ CURRENT: dict[str, object] = {
     "cpu-throttle-tailslow": False,
     "multifd-compression": "none",
     "tls-creds": "",
+    "x-vmferry-idle-deadline": 60.0,
+    "x-vmferry-downtime-step": 150,
 }
 
 
@@ -33,6 +35,9 @@ CURRENT: dict[str, object] = {
         ("cpu-throttle-tailslow", "False", False),
         ("multifd-compression", "zstd", "zstd"),
         ("tls-creds", "1", "1"),
+        ("x-vmferry-idle-deadline", "2", 2.0),
+        ("x-vmferry-idle-deadline", "2min", 120.0),
+        ("x-vmferry-downtime-step", "0.2s", 200),
     ],
 )
 def test_text_is_read_as_the_machine_has_it(name: str, text: str, value: object) -> None:

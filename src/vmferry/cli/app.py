@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, inspect, migrate, receive, schema, send, status
+from . import convert, inspect, migrate, receive, run, schema, send, status
 
 # Without rich: its import alone costs more than all the rest of --help.
 app = typer.Typer(
@@ -43,6 +43,7 @@ for _verb, _module, _help in (
     ("receive", receive, "Save the machine that a QEMU migrates to here."),
     ("send", send, "Resume a saved machine in a QEMU that waits for it."),
     ("inspect", inspect, "See what is in a stream or a saved machine."),
+    ("run", run, "Host a machine of vmferry's own."),
     ("migrate", migrate, "Have a running machine migrate, and watch it."),
     ("status", status, "See what a running machine does, and how far its migration is."),
     ("convert", convert, "Make a memory image, a core file or a stream of it."),

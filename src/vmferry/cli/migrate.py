@@ -70,7 +70,12 @@ def command(
             migration = Migration(qmp)
             control.begun(migration)
             migration.begin(uri, capabilities=capabilities, parameters=parameters)
-            return migration.wait(report.progress) if watch else migration.look()
+            return migration.wait(seen) if watch else migration.look()
+
+    def seen(now: MigrationInfo) -> None:
+        if now.stall and now.stall != report.last.stall:
+            report.happened("stalled", one_line(now.stall), message=now.stall)
+        report.progress(now)
 
     with reporter(Migrating(), json=json, quiet=quiet) as report:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Final
 
 from vmferry.qemu import MachineStatus, MigrationInfo
@@ -29,7 +30,9 @@ class Migrating:
         return max(0.0, 1.0 - now.remaining / now.total) if now.total else 0.0
 
     def rows(self, now: MigrationInfo) -> list[list[str]]:
-        """How fast it is, and how it converges."""
+        """How fast it is, and how it converges; nothing before its memory is known."""
+        if not now.total:
+            return [["waits for migrate-continue"] if now.status == "pre-switchover" else []]
         first = [
             format_rate(now.rate),
             f"{format_size(now.remaining)} of {format_size(now.total)} left",
@@ -45,8 +48,7 @@ class Migrating:
 
     def line(self, now: MigrationInfo) -> str:
         """All of it."""
-        first, second = self.rows(now)
-        return ", ".join([self.phase(now), *first, *second])
+        return ", ".join([self.phase(now), *chain(*self.rows(now))])
 
     def content(self, now: MigrationInfo) -> dict[str, Any]:
         """All of it."""
@@ -77,7 +79,9 @@ def described(machine: MachineStatus) -> Iterator[str]:
     info = machine.migration
     if info.is_under_way:
         yield f"migration {Migrating().line(info)}"
-    elif info.status == "completed" and info.total:
-        yield f"migration completed: {taken(info)}"
+        if info.stall:
+            yield one_line(info.stall)
+    elif info.status in ("completed", "sent") and info.total:
+        yield f"migration {info.status}: {taken(info)}"
     elif info.status != "none":
         yield f"migration {name(info.status)}" + (f": {one_line(info.error)}" if info.error else "")

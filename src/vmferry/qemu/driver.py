@@ -147,7 +147,7 @@ class Migration:
 
     def _judged(self, end: MigrationInfo) -> MigrationInfo:
         match end.status:
-            case "completed":
+            case "completed" | "sent":
                 return replace(end, confirmed=self._is_confirmed)
             case "cancelled":
                 raise MigrationCancelled(f"the migration was cancelled{self._remains()}")

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-ENDED: Final = frozenset({"completed", "failed", "cancelled"})
-"""The statuses after which nothing more happens."""
+ENDED: Final = frozenset({"completed", "sent", "failed", "cancelled"})
+"""The statuses after which nothing more happens; ``sent`` is what a machine of vmferry says where
+a QEMU says ``completed`` without having been told so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,10 @@ class MigrationInfo:
     ``status`` is QEMU's word, ``none`` where there was no migration yet.  Sizes are in bytes, rates
     in bytes per second, times in seconds.  ``round`` counts passes over memory from 1.
     ``remaining`` is what is known to be unsent, ``dirty_rate`` what the machine writes to,
-    ``throttle`` how much it is slowed down, in percent.  ``error`` is empty unless it failed with a
-    reason; ``confirmed`` says whether a source that has completed was told so by the destination.
-    ``None`` is what the machine does not tell, or not yet.
+    ``throttle`` how much it is slowed down, in percent.  ``stall`` is why it makes no progress,
+    where a machine of vmferry says so; ``error`` is empty unless it failed with a reason;
+    ``confirmed`` says whether a source that has completed was told so by the destination.  ``None``
+    is what the machine does not tell, or not yet.
     """
 
     status: str = "none"
@@ -39,6 +41,7 @@ class MigrationInfo:
     expected_downtime: float | None = None
     downtime: float | None = None
     throttle: int | None = None
+    stall: str = ""
     error: str = ""
     confirmed: bool | None = None
 
@@ -62,6 +65,7 @@ class MigrationInfo:
             expected_downtime=_seconds(answer, "expected-downtime"),
             downtime=_seconds(answer, "downtime"),
             throttle=None if throttle is None else int(throttle),
+            stall=str(answer.get("x-vmferry-stall", "")),
             error=str(answer.get("error-desc", "")),
         )
 

@@ -15,7 +15,10 @@ from vmferry.units import parse_duration, parse_rate, parse_size
 _SIZES: Final = frozenset({"xbzrle-cache-size"})
 _RATES: Final = frozenset({"max-bandwidth", "max-postcopy-bandwidth", "avail-switchover-bandwidth"})
 _MILLISECONDS: Final = frozenset(
-    {"downtime-limit", "x-checkpoint-delay", "announce-initial", "announce-max", "announce-step"}
+    {
+        *("downtime-limit", "x-vmferry-downtime-step", "x-vmferry-downtime-ceiling"),
+        *("x-checkpoint-delay", "announce-initial", "announce-max", "announce-step"),
+    }
 )
 _FLAGS: Final = {"on": True, "true": True, "off": False, "false": False}
 
@@ -24,8 +27,9 @@ def read_parameters(wanted: Mapping[str, object], current: Mapping[str, Any]) ->
     """*wanted* with texts read as the kind of value that *current* has under the name.
 
     *current* is the answer to ``query-migrate-parameters``.  Sizes and rates take units as in
-    ``1GiB`` and ``100MB/s``, times as in ``300ms``; bare numbers count as QEMU counts them, in
-    bytes and milliseconds.  What is not a text stays as it is.  Raises :class:`UsageError`.
+    ``1GiB`` and ``100MB/s``, times as in ``300ms``; bare numbers count as the machine counts them:
+    bytes and milliseconds, and seconds where it has fractions.  What is not a text stays as it is.
+    Raises :class:`UsageError`.
     """
     return {name: _read(name, value, current) for name, value in wanted.items()}
 
@@ -52,8 +56,17 @@ def _from_text(name: str, text: str, like: object) -> object:
             return _FLAGS[text.lower()]
         case int():
             return _integer(name, text)
+        case float():
+            return _seconds(text)
         case _:
             return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return parse_duration(text)
 
 
 def _integer(name: str, text: str) -> int:

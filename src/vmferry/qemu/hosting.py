@@ -1,0 +1,155 @@
+"""A machine that this process hosts, from its start until it is over, with a monitor if wanted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, Final, Self
+
+from vmferry.errors import MachineError, UsageError
+from vmferry.machines import HostedMachine, MachineConfig, create
+from vmferry.machines.guest.console import Console
+from vmferry.migration.control import Control
+from vmferry.migration.status import Status
+from vmferry.qemu.monitor import GREETING, machine_commands
+from vmferry.qemu.server import QmpServer
+
+DEFER: Final = "defer"
+"""What to wait for a machine at where ``migrate-incoming`` will say it."""
+
+QUIT: Final = "host-qmp-quit"
+SIGNAL: Final = "host-signal"
+GUEST: Final = "guest-shutdown"
+ERROR: Final = "host-error"
+"""Why a machine is over, in QEMU's words (``ShutdownCause`` in ``qapi/run-state.json``)."""
+
+IN_DOUBT: Final = "in-doubt"
+
+_LOOK: Final = 0.1
+"""Seconds between two looks at the machine."""
+
+
+class Host:
+    """Hosts the machine of *config* inside a ``with`` block.
+
+    The guest starts at once; with *incoming*, a URI, it is one that is migrated to there instead,
+    or with ``defer`` to where a client of the monitor says.  *monitor* is the path of a unix socket
+    for QMP.  *serial* is called with what the guest sends on its serial port, by a thread that must
+    not be kept waiting.
+
+    Inside the block: ``machine``; ``control``, to migrate it; ``console``, what the guest's lines
+    mean; ``address``, where a machine is waited for, or ``None``.
+    """
+
+    def __init__(
+        self,
+        config: MachineConfig,
+        *,
+        incoming: str | None = None,
+        monitor: str | os.PathLike[str] | None = None,
+        serial: Callable[[bytes], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._incoming = incoming
+        self._monitor = monitor
+        self._serial = serial
+        self._server: QmpServer | None = None
+        self._reasons: SimpleQueue[str] = SimpleQueue()
+        self._cleanup = ExitStack()
+        self.console = Console()
+        self.address: str | None = None
+
+    def __enter__(self) -> Self:
+        with self._cleanup as cleanup:  # undone here, unless everything below succeeds
+            self._start(cleanup)
+            self._cleanup = cleanup.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._cleanup.close()
+
+    def _start(self, cleanup: ExitStack) -> None:
+        if self._incoming == DEFER and self._monitor is None:
+            raise UsageError("to wait until migrate-incoming says where, a monitor is needed")
+        self.machine: HostedMachine = cleanup.enter_context(
+            create(self._config, serial=self._take_serial)
+        )
+        awaited = self._incoming is not None
+        self.control = Control(self.machine, notify=self._notify, awaited=awaited)
+        cleanup.callback(self.control.close)
+        if self._monitor is not None:
+            commands = machine_commands(self.control, uuid=self._config.uuid)
+            self._server = cleanup.enter_context(
+                QmpServer(self._monitor, commands, greeting=GREETING, leave=self._quit)
+            )
+        if self._incoming is None:
+            self.machine.start()
+        elif self._incoming != DEFER:
+            self.address = self.control.incoming(self._incoming)
+
+    @property
+    def state(self) -> str:
+        """QEMU's run state of the machine, or ``in-doubt`` where it may run on the other side."""
+        return IN_DOUBT if self.control.in_doubt else str(self.control.run_state)
+
+    def wait(self, changed: Callable[[str], None] | None = None) -> str:
+        """Wait until the machine is over; why it is, as ``host-qmp-quit``.
+
+        *changed* is told the state at first and whenever it is another one.  Raises MachineError
+        where the machine cannot go on, or its guest has found something wrong; and whatever went
+        wrong where a machine was waited for that did not come.
+        """
+        seen = ""
+        reason = ERROR
+        try:
+            while True:
+                if changed is not None and seen != (seen := self.state):
+                    changed(seen)
+                if (ended := self._look()) is not None:
+                    reason = ended
+                    return reason
+        finally:
+            self._notify("SHUTDOWN", {"guest": reason == GUEST, "reason": reason})
+
+    def cancel(self) -> None:
+        """Let :meth:`wait` return, with ``host-signal``; from any thread."""
+        self._reasons.put(SIGNAL)
+
+    def _look(self) -> str | None:
+        """Why the machine is over, if it is by now or within a moment."""
+        try:
+            return self._reasons.get(timeout=_LOOK)
+        except Empty:
+            pass
+        control = self.control
+        if self._incoming is not None and control.status is Status.FAILED and not control.in_doubt:
+            raise control.error or MachineError("the machine did not come")
+        status = self.machine.wait(0)
+        if status is None:
+            return None
+        self.console.check()
+        if status:
+            raise MachineError(f"the guest ended with status {status}")
+        return GUEST
+
+    # Called by other threads
+
+    def _quit(self) -> None:
+        self._reasons.put(QUIT)
+
+    def _take_serial(self, data: bytes) -> None:
+        self.console.feed(data)
+        if self._serial is not None:
+            self._serial(data)
+
+    def _notify(self, event: str, data: dict[str, Any]) -> None:
+        if self._server is not None:
+            self._server.emit(event, data)
