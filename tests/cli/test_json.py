@@ -13,7 +13,7 @@ from tests.cli.command import vmferry
 from tests.support.recorded import manifest, recorded
 from vmferry.errors import PeerError, StreamError, TruncatedStream
 
-DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "inspect-json.md"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
 @pytest.mark.parametrize("name", list(manifest()["streams"]))
@@ -81,8 +81,14 @@ def test_error_is_plain_data() -> None:
 
 
 def test_every_key_is_documented() -> None:
-    text = DOCUMENT.read_text()
+    text = (DOCS / "inspect-json.md").read_text()
     keys: set[str] = set(schema.HEAD) | set(schema.PARTS)
     keys |= set(schema._PROGRESS) | set(schema._MOVED) | set(schema._CONVERTED)
     keys |= set(schema._STREAM_ERROR) | set(schema.NODES) | {"hex", "items", "fields", "note"}
+    assert not [key for key in keys if f"`{key}`" not in text]
+
+
+def test_every_key_of_migrations_is_documented() -> None:
+    text = (DOCS / "operating.md").read_text()
+    keys = {*schema.MIGRATION, *schema.MACHINE, "target", "state", "reason", "message", "address"}
     assert not [key for key in keys if f"`{key}`" not in text]

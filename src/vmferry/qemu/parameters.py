@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from vmferry.errors import UsageError, printable
+from vmferry.errors import UsageError
+from vmferry.migration.names import unknown
 from vmferry.units import parse_duration, parse_rate, parse_size
 
 _SIZES: Final = frozenset({"xbzrle-cache-size"})
@@ -36,10 +37,7 @@ def read_parameters(wanted: Mapping[str, object], current: Mapping[str, Any]) ->
 
 def _read(name: str, value: object, current: Mapping[str, Any]) -> object:
     if name not in current:
-        raise UsageError(
-            f"expected a migration parameter that the machine has, found {printable(name)}; "
-            f"it has {', '.join(sorted(current))}"
-        )
+        raise unknown("parameter", name, current)
     if not isinstance(value, str):
         return value
     try:
