@@ -9,13 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
-import pytest
 
-from vmferry.errors import MachineError
 from vmferry.machines.cpu import Exit
 from vmferry.machines.cpu_state import RSP, CpuState, Segment
 from vmferry.machines.kvm import KvmHost, KvmVcpu
-from vmferry.machines.kvm.system import Kvm
 from vmferry.memory import GuestMemory, MemoryBlock
 
 CODE = 0x10000
@@ -26,14 +23,6 @@ _LARGE = 2 << 20
 _GIB = 1 << 30
 
 DEADLINE = 60.0
-
-
-def need_kvm() -> None:
-    """Skip the test where there is no KVM, with the reason."""
-    try:
-        Kvm().close()
-    except MachineError as error:
-        pytest.skip(str(error))
 
 
 @dataclass

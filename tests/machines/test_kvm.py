@@ -15,14 +15,14 @@ from vmferry.machines.cpu_state import RAX, RCX
 from vmferry.machines.kvm import CpuFailure, KvmHost, abi
 from vmferry.machines.kvm.system import Kvm
 
-from .small import CODE, DATA, DEVICE, Recorder, Running, need_kvm, small, wait_until
+from .hosted import NO_KVM
+from .small import CODE, DATA, DEVICE, Recorder, Running, small, wait_until
 
 FOREVER = "eb fe"  # jmp to itself
+Access = tuple[str, int, int, int]
 
 
-@pytest.fixture(autouse=True)
-def _kvm() -> None:
-    need_kvm()
+pytestmark = pytest.mark.skipif(bool(NO_KVM), reason=NO_KVM)
 
 
 # Exits
@@ -41,7 +41,7 @@ def _kvm() -> None:
          ("store", DEVICE + 8, 8, 0x123456789ABCDEF0)),
     ],
 )  # fmt: skip
-def test_what_the_guest_writes_reaches_the_bus(code, access, ring) -> None:
+def test_what_the_guest_writes_reaches_the_bus(code: str, access: Access, ring: int) -> None:
     with small(code + FOREVER, ring=ring) as machine:
         machine.bus.noticed = machine.vcpu.kick
         assert machine.vcpu.run() is Exit.KICKED
@@ -59,7 +59,7 @@ def test_what_the_guest_writes_reaches_the_bus(code, access, ring) -> None:
         ("48 a1 10 00 c0 fe 00 00 00 00", ("load", DEVICE + 16, 8)),
     ],
 )
-def test_what_the_bus_answers_reaches_the_guest(code, access, ring) -> None:
+def test_what_the_bus_answers_reaches_the_guest(code: str, access: Access, ring: int) -> None:
     value = 0x1122334455667788 & (1 << 8 * access[2]) - 1
     with small(code + FOREVER, ring=ring) as machine:
         machine.bus.noticed = machine.vcpu.kick
@@ -73,7 +73,7 @@ def test_what_the_bus_answers_reaches_the_guest(code, access, ring) -> None:
 
 
 @pytest.mark.parametrize("ring", [0, 3])
-def test_a_string_instruction_is_one_access_after_the_other(ring) -> None:
+def test_a_string_instruction_is_one_access_after_the_other(ring: int) -> None:
     # mov ecx, 5; mov dx, 0x3f8; mov esi, DATA; rep outsb; out 0x80, al
     code = "b9 05 00 00 00 66 ba f8 03 be 00 00 02 00 f3 6e e6 80" + FOREVER
     with small(code, ring=ring) as machine:
@@ -215,7 +215,7 @@ def test_the_log_loses_no_write_of_a_guest_that_never_rests() -> None:
 
 
 @pytest.mark.parametrize("ring", [0, 3])
-def test_a_busy_guest_is_stopped_again_and_again(ring) -> None:
+def test_a_busy_guest_is_stopped_again_and_again(ring: int) -> None:
     with small(FOREVER, ring=ring) as machine, Running(machine.vcpu) as running:
         for count in range(1, 201):
             machine.vcpu.kick()

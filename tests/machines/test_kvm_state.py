@@ -12,7 +12,8 @@ from vmferry.machines.cpu_subsections import Component, Cpuid, Events, Leaf, Msr
 from vmferry.machines.listing import assemble
 from vmferry.vmstate import load, save
 
-from .small import CODE, DATA, Running, Small, need_kvm, small, wait_until
+from .hosted import NO_KVM
+from .small import CODE, DATA, Running, Small, small, wait_until
 
 LIMIT = DATA + 8
 SUMS = DATA + 0x1000
@@ -53,9 +54,7 @@ loop:
 ).hex()
 
 
-@pytest.fixture(autouse=True)
-def _kvm() -> None:
-    need_kvm()
+pytestmark = pytest.mark.skipif(bool(NO_KVM), reason=NO_KVM)
 
 
 def content(machine: Small) -> CpuState:
@@ -136,7 +135,7 @@ CHANGES: dict[str, Callable[[CpuState], object]] = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_was_set_is_there_and_arrives(what) -> None:
+def test_what_was_set_is_there_and_arrives(what: str) -> None:
     with small() as source, small() as destination:
         before = content(source)
         wanted = source.state()
@@ -201,7 +200,7 @@ DAMAGE: dict[str, tuple[Callable[[CpuState], object], str]] = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_a_damaged_state_is_refused_and_changes_nothing(what) -> None:
+def test_a_damaged_state_is_refused_and_changes_nothing(what: str) -> None:
     change, message = DAMAGE[what]
     with small(MIXED, ring=3) as source, small("f4") as destination:
         move(source, destination)

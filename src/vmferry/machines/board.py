@@ -71,6 +71,7 @@ class HostedMachine:
             self.memory = stack.enter_context(GuestMemory())
             host = make_host(self._bus())
             stack.callback(host.close)
+            self._slots = host.dirty_slots()
             self._map_ram(host)
             vcpus = [host.add_vcpu() for _ in range(config.cpus)]
             self._runner = Runner(
@@ -103,9 +104,12 @@ class HostedMachine:
     def _map_ram(self, host: CpuHost) -> None:
         block = self.memory.add(RAM, self.config.ram)
         low = min(block.size, HOLE_START)
-        host.map(0, block.address, low)
+        address = block.address
+        if self._slots is not None:
+            address = self.memory.map_for_vcpus(block)
+        host.map(0, address, low)
         if block.size > low:
-            host.map(HOLE_END, block.address + low, block.size - low)
+            host.map(HOLE_END, address + low, block.size - low)
 
     # Running
 
@@ -142,7 +146,7 @@ class HostedMachine:
 
     def dirty_log(self) -> DirtyLog:
         """A log of the pages that guest and host write."""
-        return open_dirty_log(self.memory)
+        return open_dirty_log(self.memory, kvm=self._slots)
 
     # The end
 

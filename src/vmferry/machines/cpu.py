@@ -8,9 +8,11 @@ is run by a thread of its own (:mod:`.runner`), and hands what it cannot do by i
 from __future__ import annotations
 
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from vmferry.memory.kvm import KvmSlots
+
     from .cpu_state import CpuState
 
 
@@ -88,6 +90,9 @@ class CpuHost(Protocol):
         *address* is where it begins in this process; all three are multiples of 4096.  Ranges do
         not overlap, are mapped before the first vCPU is made, and stay as long as the host does.
         """
+
+    def dirty_slots(self) -> KvmSlots[Any] | None:
+        """The memory, to whoever logs what is written to it; ``None`` for a host without a log."""
 
     def add_vcpu(self) -> Vcpu:
         """One more vCPU, numbered from 0 on (its APIC id), in the state after a reset."""

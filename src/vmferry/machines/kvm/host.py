@@ -74,6 +74,10 @@ class KvmHost:
         self._set_slot(slot, log=False)
         self._slots.append(slot)
 
+    def dirty_slots(self) -> KvmHost:
+        """As :meth:`~vmferry.machines.cpu.CpuHost.dirty_slots`."""
+        return self
+
     @property
     def slots(self) -> tuple[Slot, ...]:
         """The memory of the VM."""

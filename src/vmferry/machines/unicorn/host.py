@@ -45,6 +45,9 @@ class UnicornHost:
         """As :meth:`~vmferry.machines.cpu.CpuHost.map`."""
         self._memory.append((start, address, size))
 
+    def dirty_slots(self) -> None:
+        """As :meth:`~vmferry.machines.cpu.CpuHost.dirty_slots`: there is no log."""
+
     def add_vcpu(self) -> UnicornVcpu:
         """As :meth:`~vmferry.machines.cpu.CpuHost.add_vcpu`."""
         return UnicornVcpu(self._bus, self._memory)
