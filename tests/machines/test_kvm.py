@@ -59,7 +59,9 @@ def test_what_the_guest_writes_reaches_the_bus(code: str, access: Access, ring: 
         ("48 a1 10 00 c0 fe 00 00 00 00", ("load", DEVICE + 16, 8)),
     ],
 )
-def test_what_the_bus_answers_reaches_the_guest(code: str, access: Access, ring: int) -> None:
+def test_what_the_bus_answers_reaches_the_guest(
+    code: str, access: tuple[str, int, int], ring: int
+) -> None:
     value = 0x1122334455667788 & (1 << 8 * access[2]) - 1
     with small(code + FOREVER, ring=ring) as machine:
         machine.bus.noticed = machine.vcpu.kick

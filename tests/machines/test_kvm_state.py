@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vmferry.errors import StateError
 from vmferry.machines.cpu_state import RAX, RCX, CpuState, Segment
@@ -224,6 +226,29 @@ def test_a_refused_state_says_so_when_it_is_loaded() -> None:
         with pytest.raises(StateError, match=r"cpu: .* found the segments and cr0 to cr8"):
             load(CpuState(destination.vcpu), damaged, 1)
         assert content(destination) == before
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_bytes_that_were_changed_are_refused_or_held(data: st.DataObject) -> None:
+    with small(MIXED, ring=3) as source, small() as destination:
+        state = source.state()
+        CHANGES["avx"](state)
+        CHANGES["a memory type range"](state)
+        source.vcpu.write(state)
+        damaged = bytearray(save(CpuState(source.vcpu)))
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.integers(0, len(damaged) - 1))
+            damaged[at] ^= 1 << data.draw(st.integers(0, 7))
+        before = content(destination)
+        try:
+            load(CpuState(destination.vcpu), damaged, 1)
+        except StateError:
+            assert content(destination) == before
+        else:
+            held = content(destination)
+            held.holder = destination.vcpu
+            destination.vcpu.write(held)
 
 
 def test_what_unicorn_does_not_have_does_not_move_there() -> None:
