@@ -60,7 +60,7 @@ class Hosted:
         return self.ram[start : start + PAGE]
 
     def counters(self, vcpu: int = 0) -> np.ndarray:
-        """The words of a vCPU's block; see BLOCK."""
+        """The words of a vCPU's block; see BLOCK and OFFSETS."""
         start = self.machine.layout.block(vcpu)
         return self.ram[start : start + PAGE].view("<u8")
 

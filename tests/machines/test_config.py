@@ -114,7 +114,26 @@ def test_vcpus_share_the_pages(cpus: int, hot: float, pages: int) -> None:
     assert sorted(walked) == list(range(pages))
 
 
-def test_auto_without_any_host_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise MachineError("no /dev/kvm")
+
+    monkeypatch.setattr("vmferry.machines.kvm.KvmHost", refuse)
+
+
+def test_auto_is_unicorn_where_there_is_no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kvm(monkeypatch)
+    with create(MachineConfig(ram=8 * MIB), serial=lambda _: None) as machine:
+        machine.start()
+        machine.pause()
+    with pytest.raises(MachineError, match="no /dev/kvm"):
+        create(MachineConfig(kind="kvm"), serial=lambda _: None)
+
+
+def test_host_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kvm(monkeypatch)
     monkeypatch.setitem(sys.modules, "vmferry.machines.unicorn", None)
     with pytest.raises(MachineError, match=r"pip install vmferry\[unicorn\]"):
         create(MachineConfig(kind="unicorn"), serial=lambda _: None)
+    with pytest.raises(MachineError, match=r"no /dev/kvm; .*pip install vmferry\[unicorn\]"):
+        create(MachineConfig(), serial=lambda _: None)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.machines.hosted import KINDS, Hosted, Start, move
 from vmferry.errors import MachineError
-from vmferry.machines.guest.layout import BLOCK
+from vmferry.machines.guest.layout import OFFSETS
 from vmferry.machines.guest.pages import (
     HEAD,
     LINE_WORDS,
@@ -55,7 +55,7 @@ def older(guest: Hosted, page: int) -> None:
     """What the page was before, right in itself, or zero if it was written once."""
     words = guest.page(page).view("<u8")
     sequence = words[2:3] - np.uint64(1)
-    changed = guest.counters()[BLOCK.names.index("changed")]  # type: ignore[union-attr]
+    changed = guest.counters()[OFFSETS["changed"] // 8]
     words[:] = written(words[1:2], sequence, int(changed), words[5:6])[0]
 
 
@@ -89,7 +89,7 @@ def test_page_that_is_wrong_is_found_by_both(
     start, count = (
         (share.cold_first, share.cold_count) if first else (share.hot_first, share.hot_count)
     )
-    steps = int(guest.counters(vcpu)[BLOCK.names.index("cold_steps" if first else "hot_steps")])  # type: ignore[union-attr]
+    steps = int(guest.counters(vcpu)[OFFSETS["cold_steps" if first else "hot_steps"] // 8])
     page = start + (steps + count // 2) % count  # far from where the vCPU is
     damage(guest, page)
     [finding] = guest.findings()
@@ -113,7 +113,7 @@ def test_counter_of_another_instant_is_found(
     guest = hosted(kind, cpus=2, hot=0.5).run_until_filled()
     while not guest.console.reports:  # again where the guest was just about to write it
         guest.machine.pause()
-        guest.counters(vcpu)[BLOCK.names.index(name)] -= np.uint64(1)  # type: ignore[union-attr]
+        guest.counters(vcpu)[OFFSETS[name] // 8] -= np.uint64(1)
         guest.machine.resume()
         with suppress(MachineError):
             guest.run_on()

@@ -6,8 +6,8 @@ Lines, numbers in 16 hex digits::
     H time wall hot cold                heartbeat
     E vcpu kind page expected found     a page or a counter is wrong: the guest has stopped
 
-``time`` is guest time and ``wall`` the wall clock at the same instant, in ns; ``hot`` and ``cold`` are how many
-pages were rewritten and read so far, on all vCPUs together.
+``time`` is guest time and ``wall`` the wall clock at the same instant, in ns; ``hot`` and ``cold``
+are how many pages were rewritten and read so far, on all vCPUs together.
 """
 
 from __future__ import annotations

@@ -59,7 +59,10 @@ BLOCK: Final = np.dtype(
 """What a vCPU is told and what it keeps.  Behind it, from 0x100 on: a line of text, the stack."""
 
 BLOCK_LINE: Final = 0x100
-PARAMETERS: Final = BLOCK.fields["hot_steps"][1] if BLOCK.fields else 0
+OFFSETS: Final = {name: int(place[1]) for name, place in (BLOCK.fields or {}).items()}
+"""Where in a block each of its words is."""
+
+PARAMETERS: Final = OFFSETS["hot_steps"]
 """Bytes of a block that only the board writes."""
 
 _LARGE: Final = 2 << 20

@@ -17,7 +17,17 @@ from vmferry.machines.config import MachineConfig
 from vmferry.machines.listing import assemble
 
 from . import pages, schedule, walk, words
-from .layout import BLOCK, BLOCK_LINE, CODE, GDT, PARAMETERS, Layout, page_tables, timer_address
+from .layout import (
+    BLOCK,
+    BLOCK_LINE,
+    CODE,
+    GDT,
+    OFFSETS,
+    PARAMETERS,
+    Layout,
+    page_tables,
+    timer_address,
+)
 
 DESCRIPTORS: Final = (0, 0x00AFFB000000FFFF, 0x00CFF3000000FFFF)
 """Null, 08: code of 64 bits, 10: data; both for ring 3, and accessed already."""
@@ -26,7 +36,7 @@ DESCRIPTORS: Final = (0, 0x00AFFB000000FFFF, 0x00CFF3000000FFFF)
 @cache
 def code() -> bytes:
     """The code, for the address :data:`~.layout.CODE`; the same for every machine."""
-    offsets = {name.upper(): offset for name, (_, offset, *_) in (BLOCK.fields or {}).items()}
+    offsets = {name.upper(): offset for name, offset in OFFSETS.items()}
     constants = {
         name: getattr(pages, name) for name in ("MAGIC", "PAGE_FACTOR", "SEED_FACTOR", "WORD_STEP")
     }

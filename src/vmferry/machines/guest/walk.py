@@ -1,10 +1,9 @@
 """One step of the walk: a page that is rewritten, and a page that is only read.
 
 ``step`` also holds the counters against one another; each is counted by itself, so that one that
-is wrong stays wrong.  ``verify`` takes the page in r11 and the
-sequence number to expect in r10, ``stamp`` the one to write, and the number of lines in rcx.
-What is wrong is left in the block, by kind: 1 lost, 2 misplaced, 3 stale, 4 torn, 5 registers and
-6 counters that disagree.
+is wrong stays wrong.  ``verify`` takes the page in r11 and the sequence number to expect in r10,
+``stamp`` the one to write, and the number of lines in rcx.  What is wrong is left in the block, by
+kind: 1 lost, 2 misplaced, 3 stale, 4 torn, 5 registers and 6 counters that disagree.
 """
 
 from __future__ import annotations
