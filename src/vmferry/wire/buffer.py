@@ -17,8 +17,8 @@ E = TypeVar("E")
 Parse = Generator[Any, None, T]
 """A step of a parser: yields events or ``None`` (more bytes, please) and returns a ``T``."""
 
-CAPACITY: Final = 1 << 20
-"""Bytes of a fresh buffer: one read of a socket fits, and it stays in the second-level cache."""
+CAPACITY: Final = 4 << 20
+"""Bytes of a fresh buffer: a thousand pages make one batch, and batches cost by their number."""
 
 _ROOM: Final = 1 << 16
 
