@@ -75,6 +75,9 @@ def _times(samples: Samples, title: str) -> Iterator[Row]:
         yield samples.row(
             f"inspect/{case}", f"{title}: {what}", "ms", case, milliseconds("seconds")
         )
+    for case in ("analyze", "inspect"):
+        what = f"{title}: {shown[case]}, CPU time"
+        yield samples.row(f"inspect/{case}/cpu", what, "ms", case, milliseconds("cpu"))
     for case in ("inspect", "json", "open_stream"):
         yield samples.ratio(
             f"inspect/{case}/analyze",
