@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from io import BytesIO
 from typing import Final, Protocol, TypeAlias
 
 from vmferry.errors import LimitExceeded, StreamError, UsageError, printable
@@ -84,13 +85,20 @@ def device_sections(registry: Registry, first: int) -> Iterator[tuple[bytes, Des
 
 def closing_description(page_size: int, descriptions: Sequence[Description]) -> bytes:
     """What stands behind the end of a stream whose sections have *descriptions*."""
-    pieces = [f'{{"page_size": {page_size}, "devices": [']
+    whole = BytesIO()
+    whole.write(UnreadDescription(b"").encode())
+    head = whole.tell()
+    whole.write(f'{{"page_size": {page_size}, "devices": ['.encode())
     for index, description in enumerate(descriptions):
-        pieces += (", " if index else "", *description)
-    text = "".join((*pieces, "]}")).encode()
-    if len(text) > _SURELY_READABLE or len(descriptions) > limits.DEVICE_COUNT:
-        parse_description(text)  # Whoever reads the stream refuses what this refuses.
-    return UnreadDescription(text).encode()
+        for piece in (", " if index else "", *description):
+            whole.write(piece.encode())
+    whole.write(b"]}")
+    size = whole.tell() - head
+    if size > _SURELY_READABLE or len(descriptions) > limits.DEVICE_COUNT:
+        parse_description(whole.getvalue()[head:])  # Whoever reads it refuses what this refuses.
+    whole.seek(head - 4)
+    whole.write(size.to_bytes(4))
+    return whole.getvalue()
 
 
 class _Saving:

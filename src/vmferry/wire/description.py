@@ -123,11 +123,11 @@ class VmDescription:
 class UnreadDescription:
     """A description that nobody had to read, as the devices are known without it."""
 
-    text: bytes
+    text: bytes | memoryview
 
     def encode(self) -> bytes:
         """The description as on the wire."""
-        return bytes([Kind.DESCRIPTION]) + len(self.text).to_bytes(4) + self.text
+        return b"".join((bytes([Kind.DESCRIPTION]), len(self.text).to_bytes(4), self.text))
 
 
 def parse_description(text: bytes | memoryview) -> VmDescription:

@@ -56,7 +56,7 @@ _TAIL: Final = rb"\x00\x06(?:\x00.{3}|\x01\x00{3})\{"
 _TAIL_SIZE: Final = 7
 
 # QEMU's JSON is one line, and a string in it has no control characters.
-_NOT_JSON: Final = (b"\0", b"\n")
+_NOT_JSON: Final = (re.compile(rb"\x00"), re.compile(rb"\n"))
 
 
 Section: TypeAlias = DeviceSection | DeviceRegion | DecodedDevices
@@ -175,7 +175,7 @@ class TailFinder:
         """The first of the pending candidates that are complete after *size* bytes to hold."""
         while self._pending and self._pending[0][0] <= size:
             complete, end = self._pending.pop(0)
-            text = bytes(region[end + 6 : complete])
+            text = region[end + 6 : complete]
             if text[-1:] != b"}" or _broken(text):
                 continue
             try:
@@ -187,7 +187,7 @@ class TailFinder:
         return None
 
     def _split(
-        self, data: bytes | memoryview, text: bytes
+        self, data: bytes | memoryview, text: bytes | memoryview
     ) -> tuple[tuple[Section, ...], VmDescription | UnreadDescription]:
         """The device sections in *data*, which *text* describes, and the description."""
         if (decoded := self._decoded(data)) is not None:
@@ -217,7 +217,7 @@ class TailFinder:
         if (error := self.rejection(len(region))) is not None:
             raise error
         for _complete, end in self._pending:
-            if not _broken(bytes(region[end + 6 :])):
+            if not _broken(region[end + 6 :]):
                 raise TruncatedStream(
                     "a whole description",
                     f"{len(region) - end - 6} bytes of it",
@@ -307,5 +307,5 @@ class EarlyFinder:
         )
 
 
-def _broken(text: bytes) -> bool:
-    return any(byte in text for byte in _NOT_JSON)
+def _broken(text: bytes | memoryview) -> bool:
+    return any(byte.search(text) for byte in _NOT_JSON)

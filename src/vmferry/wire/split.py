@@ -32,6 +32,7 @@ TRIES: Final = 1000
 _NUMBER: Final = Struct(">I")
 _NUMBERS: Final = Struct(">II")
 
+_FOOTER: Final = bytes([Kind.FOOTER])
 _UNDESCRIBED: Final = "no description: its end was found by its footer"
 
 _PRINTABLE: Final = re.compile(rb"[\x20-\x7e]+")
@@ -214,9 +215,9 @@ def split_by_decoding(
             raise LimitExceeded(most, "more", offset=offset + at)
         head, start = read_head(raw, at, offset)
         size, state = decode(head, view[start:], offset + at)
+        footer = _FOOTER + raw[at + 1 : at + 5]
         at = start + size
         if footers:
-            footer = SectionFooter(head.number).encode()
             if not raw.startswith(footer, at):
                 found = raw[at : at + FOOTER_SIZE].hex(" ") or "the end"
                 raise StreamError(
