@@ -144,7 +144,9 @@ class Bytes:
         return bytearray(data)
 
     def _replace(self, buffer: bytearray, data: Any) -> None:
-        buffer[self.kind.start : self.kind.start + len(data)] = data
+        # Of a view, as a bytearray takes a copy first of what it is assigned.
+        with memoryview(buffer) as view:
+            view[self.kind.start : self.kind.start + len(data)] = data
 
 
 @dataclass(frozen=True, slots=True)
