@@ -328,6 +328,23 @@ def test_failing_post_load_stops_the_load(tmp_path: Path) -> None:
     assert rtc == Rtc()
 
 
+def test_fault_in_a_post_load_leaves_no_doubt_of_the_machine(tmp_path: Path) -> None:
+    @device("faulty")
+    @dataclass
+    class Faulty:
+        x: U8 = 0
+
+        def post_load(self, version: int) -> None:
+            raise KeyError(version)
+
+    vmferry.save(board(Faulty()), tmp_path / "s")
+    with pytest.raises(KeyError) as failed:
+        vmferry.load(board(Faulty()), tmp_path / "s")
+    assert failed.value.__notes__ == [
+        '"faulty" instance 0: the machine is loaded in part: do not run it'
+    ]
+
+
 def test_section_twice_is_refused(tmp_path: Path) -> None:
     two, alias = board(), board()
     two.registry.register(Uart(), instance=0)

@@ -157,6 +157,9 @@ class Staging:
             except StreamError as error:
                 error.advice = _PARTLY
                 raise error.within(section=section.name) from error.__cause__
+            except Exception as error:
+                error.add_note(f"{section}: {_PARTLY}")
+                raise
 
     def _decode(self, region: _Region) -> Iterator[tuple[Device, Staged]]:
         raw = b"".join(region.parts)
