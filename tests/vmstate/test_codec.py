@@ -446,7 +446,8 @@ def test_hooks_run_in_order_innermost_first() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b"\1\1", b"\x0d\1", "hooked: expected a state that Part.post_load accepts, found an unl"),
+        (b"\1\1", b"\x0d\1", "hooked.part: expected a state that Part.post_load accepts, found an"),
+        (b"\1\3", b"\1\x0d", "hooked.items[1]: expected a state that Part.post_load accepts, fo"),
         (b"\5", b"\4", "hooked: expected a state that take_total accepts, found a total of 4"),
     ],
 )

@@ -132,7 +132,7 @@ class StateCodec:
 
     def _due(self, loader: Loader, obj: Any) -> None:
         name = f"{self.plan.cls.__qualname__}.post_load"
-        loader.after.append(lambda: run_hook(name, obj.post_load, self._version))
+        loader.after.append((obj, lambda: run_hook(name, obj.post_load, self._version)))
 
     def _decode(self, loader: Loader, obj: Any) -> Frame:
         outer = loader.recording
@@ -334,7 +334,7 @@ class _Temporary:
     def load(self, loader: Loader, frame: Frame) -> None:
         value = self.codec.load_new(loader)
         name = self.kind.load
-        loader.after.append(lambda: run_hook(name, getattr(frame.obj, name), value))
+        loader.after.append((frame.obj, lambda: run_hook(name, getattr(frame.obj, name), value)))
 
 
 @dataclass(frozen=True, slots=True)

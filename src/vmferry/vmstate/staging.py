@@ -43,14 +43,15 @@ class Loader:
     """Where decoding is, and what is to be done when it has come through.
 
     An entry of ``commits`` is a function, and the object, list or buffer and the values that it is
-    to be called with.  ``recording`` says that a predicate may ask for any field.
+    to be called with; one of ``after`` the object that a hook belongs to, and the hook.
+    ``recording`` says that a predicate may ask for any field.
     """
 
     data: memoryview
     at: int
     recording: bool = False
     commits: list[tuple[Assign, Any, Sequence[Any]]] = field(default_factory=list)
-    after: list[Hook] = field(default_factory=list)
+    after: list[tuple[Any, Hook]] = field(default_factory=list)
 
     def take(self, size: int) -> int:
         """Pass *size* bytes, and say where they begin."""

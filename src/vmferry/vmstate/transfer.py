@@ -8,6 +8,7 @@ from typing import Any
 from vmferry.errors import StateError, UsageError
 
 from .codec import check_version, compile_plan
+from .paths import path_to
 from .plan import PLAN, Plan
 from .staging import Loader, Saver, run_hook
 
@@ -53,19 +54,23 @@ def save_described(obj: object, *, before: bytes = b"", behind: bytes = b"") -> 
 class Staged:
     """A state that has decoded whole, and is not assigned yet; ``size`` is its bytes."""
 
-    def __init__(self, plan: Plan, size: int, loader: Loader) -> None:
-        self.size = size
+    def __init__(self, plan: Plan, obj: object, loader: Loader) -> None:
+        self.size = loader.at
         self._plan = plan
+        self._obj = obj
         self._loader = loader
 
     def commit(self) -> None:
         """Assign it, and run what takes notice: temporaries and ``post_load``, innermost first."""
+        owner = self._obj
         try:
             run_hook(self._plan.cls.__qualname__, self._loader.commit)
-            for hook in self._loader.after:
+            for owner, hook in self._loader.after:  # noqa: B007 - whose hook failed
                 hook()
         except StateError as error:
-            raise error.inside(self._plan.name) from error.__cause__
+            path = path_to(self._obj, owner)
+            outer = f"{self._plan.name}.{path}" if path else self._plan.name
+            raise error.inside(outer) from error.__cause__
 
 
 def stage(obj: object, data: bytes | bytearray | memoryview, version: int) -> Staged:
@@ -82,7 +87,7 @@ def stage(obj: object, data: bytes | bytearray | memoryview, version: int) -> St
         compile_plan(plan, version).load_into(loader, obj)
     except StateError as error:
         raise error.inside(plan.name) from error.__cause__
-    return Staged(plan, loader.at, loader)
+    return Staged(plan, obj, loader)
 
 
 def load(obj: object, data: bytes | bytearray | memoryview, version: int) -> None:
