@@ -15,7 +15,9 @@
     ├── PeerError               4   the other side refused, failed, or broke the order
     │   └── InDoubt                 it cannot be known which side has the machine
     ├── MachineError            1   a machine that vmferry hosts cannot go on
-    └── StorageError            5   a file or a checkpoint directory
+    └── StorageError            5   a file, a disk image or a checkpoint directory
+        ├── ImageInactive           an image that is inactive on this side was to be used
+        ├── ImageLocked             another process has the image and does not share it
         ├── CheckpointIncomplete    its writer never finished it
         └── CheckpointDamaged       its content does not match its manifest
 
@@ -24,8 +26,11 @@ A message says what was expected, what was found, where, and where it helps what
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Final
 
 
 class VmferryError(Exception):
@@ -203,12 +208,37 @@ class StorageError(VmferryError):
     exit_status = 5
 
 
+class ImageInactive(StorageError):
+    """The image is inactive on this side: nothing was read from it or written to it.
+
+    A storage error, as for a guest that still writes it is what any disk that fails is.
+    """
+
+
+class ImageLocked(StorageError):
+    """Another process uses the image, on this host or wherever its file system has locks."""
+
+
 class CheckpointIncomplete(StorageError):
     """The directory holds a checkpoint whose writer never finished it."""
 
 
 class CheckpointDamaged(StorageError):
     """The files of a checkpoint do not match its manifest."""
+
+
+_STORAGE_ADVICE: Final = {
+    errno.ENOSPC: "; free some space or choose another file system",
+    errno.EDQUOT: "; free some space or have the quota raised",
+}
+
+
+def storage_error(where: str | Path, doing: str, error: OSError | int) -> StorageError:
+    """What to raise for an *error* of the file system: *where* cannot be done what was tried."""
+    number = error if isinstance(error, int) else (error.errno or 0)
+    reason = os.strerror(number) if number else str(error)
+    advice = _STORAGE_ADVICE.get(number, "")
+    return StorageError(f"{where}: cannot be {doing}: {reason}{advice}")
 
 
 def printable(name: str | bytes, limit: int = 80) -> str:

@@ -18,7 +18,7 @@ from uuid import UUID
 
 import numpy as np
 
-from vmferry.errors import CheckpointDamaged, StorageError, StreamError
+from vmferry.errors import CheckpointDamaged, StorageError, StreamError, storage_error
 from vmferry.wire.bitmap import BitmapReader, BitmapRecord, BitmapStart
 from vmferry.wire.buffer import Cursor, ReceiveBuffer
 from vmferry.wire.configuration import Configuration
@@ -30,7 +30,7 @@ from vmferry.wire.reader import physical_memory
 from vmferry.wire.sections import SectionFooter, SectionStart
 
 from . import manifest as m
-from .files import FileEntry, open_inside, read_inside, storage_error
+from .files import FileEntry, open_inside, read_inside
 from .manifest_reader import read_manifest
 from .pages import Sums
 from .stored import StoredPages

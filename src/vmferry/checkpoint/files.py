@@ -16,12 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vmferry.errors import CheckpointDamaged, StorageError
-
-_ADVICE: Final = {
-    errno.ENOSPC: "; free some space or choose another file system",
-    errno.EDQUOT: "; free some space or have the quota raised",
-}
+from vmferry.errors import CheckpointDamaged, storage_error
 
 _ZEROS: Final = bytes(1 << 16)
 
@@ -37,14 +32,6 @@ class FileEntry:
     file: str
     size: int
     sha256: str
-
-
-def storage_error(path: Path, doing: str, error: OSError | int) -> StorageError:
-    """What to raise for an *error* of the file system."""
-    number = error if isinstance(error, int) else (error.errno or 0)
-    return StorageError(
-        f"{path}: cannot be {doing}: {os.strerror(number)}{_ADVICE.get(number, '')}"
-    )
 
 
 def open_inside(directory: Path, name: str) -> int:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
-from vmferry.errors import CheckpointDamaged, CheckpointIncomplete, StorageError
+from vmferry.errors import CheckpointDamaged, CheckpointIncomplete, StorageError, storage_error
 from vmferry.wire import limits
 from vmferry.wire.layout import DISK_CHUNK_SIZE
 
 from . import manifest as m
-from .files import FileEntry, read_inside, storage_error
+from .files import FileEntry, read_inside
 
 _U32: Final = (1 << 32) - 1
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")

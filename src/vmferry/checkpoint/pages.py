@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vmferry.errors import storage_error
 from vmferry.pages import Rows, store_records
 from vmferry.pages.placing import place_rows
 
-from .files import FileEntry, storage_error, write_file
+from .files import FileEntry, write_file
 
 Sums = npt.NDArray[np.uint64]
 

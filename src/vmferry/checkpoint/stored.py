@@ -11,10 +11,10 @@ from typing import Final
 
 import numpy as np
 
-from vmferry.errors import CheckpointDamaged
+from vmferry.errors import CheckpointDamaged, storage_error
 from vmferry.pages import page_sums
 
-from .files import open_inside, storage_error
+from .files import open_inside
 from .pages import Sums
 
 _IOV_MAX: Final = os.sysconf("SC_IOV_MAX")

@@ -20,7 +20,7 @@ from typing import Final, Self
 
 import numpy as np
 
-from vmferry.errors import LimitExceeded, StorageError, StreamError
+from vmferry.errors import LimitExceeded, StorageError, StreamError, storage_error
 from vmferry.pages import PAGE, ZERO, rows_of
 from vmferry.version import __version__
 from vmferry.wire import limits
@@ -33,7 +33,7 @@ from vmferry.wire.layout import DISK_CHUNK_SIZE, IGNORE_SHARED, BitmapFlag
 from vmferry.wire.ram import RamBlock, RamBlocks, RamPages
 
 from . import manifest as m
-from .files import FileEntry, storage_error, sync_directory, write_file
+from .files import FileEntry, sync_directory, write_file
 from .manifest_reader import parse_manifest
 from .pages import PageFile
 

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from vmferry.checkpoint.files import storage_error
-from vmferry.errors import StorageError
+from vmferry.errors import StorageError, storage_error
 
 PREFIX: Final = ".vmferry-"
 """How names begin of what stands beside a new file until that is complete."""

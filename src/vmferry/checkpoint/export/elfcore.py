@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.checkpoint.checkpoint import Checkpoint
-from vmferry.checkpoint.files import storage_error
+from vmferry.errors import storage_error
 from vmferry.migration.progress import Meter
 
 from .cpu import Registers, SegmentRegister

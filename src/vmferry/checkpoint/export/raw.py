@@ -10,8 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vmferry.checkpoint.checkpoint import Checkpoint
-from vmferry.checkpoint.files import storage_error
-from vmferry.errors import CheckpointDamaged
+from vmferry.errors import CheckpointDamaged, storage_error
 from vmferry.migration.progress import Meter
 
 from .copy import copy_sparse

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from vmferry.checkpoint.checkpoint import Checkpoint
-from vmferry.checkpoint.files import storage_error
 from vmferry.checkpoint.transfer import send
-from vmferry.errors import StorageError, UsageError, printable
+from vmferry.errors import StorageError, UsageError, printable, storage_error
 from vmferry.migration.progress import Report
 
 from .aside import PREFIX
