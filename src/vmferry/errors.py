@@ -235,10 +235,10 @@ _STORAGE_ADVICE: Final = {
 
 def storage_error(where: str | Path, doing: str, error: OSError | int) -> StorageError:
     """What to raise for an *error* of the file system: *where* cannot be done what was tried."""
-    number = error if isinstance(error, int) else (error.errno or 0)
-    reason = os.strerror(number) if number else str(error)
-    advice = _STORAGE_ADVICE.get(number, "")
-    return StorageError(f"{where}: cannot be {doing}: {reason}{advice}")
+    if isinstance(error, int):
+        error = OSError(error, os.strerror(error))
+    advice = _STORAGE_ADVICE.get(error.errno or 0, "")
+    return StorageError(f"{where}: cannot be {doing}: {error.strerror or error}{advice}")
 
 
 def printable(name: str | bytes, limit: int = 80) -> str:
