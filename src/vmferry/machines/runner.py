@@ -175,9 +175,12 @@ class Runner:
         with self._changed:
             while self._percent and not self._closing:
                 percent = self._percent
+                began = time.monotonic()
                 self._throttle_wait(percent, _SLICE)
                 self._hold(_THROTTLE)
-                self._throttle_wait(percent, _SLICE * percent / (100 - percent))
+                # Longer than a slice, where vCPUs leave this thread no processor to wake up on.
+                ran = time.monotonic() - began
+                self._throttle_wait(percent, ran * percent / (100 - percent))
                 self._holds.discard(_THROTTLE)
                 self._changed.notify_all()
             self._throttle = None
