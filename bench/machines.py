@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.measure import Sample
+from bench.processes import cpu_of
 from guests import Serial, walker
 from vmferry.errors import TransportError
 from vmferry.qemu import QemuProcess
@@ -54,6 +55,10 @@ class Source:
     def __init__(self, qemu: QemuProcess) -> None:
         self._qemu = qemu
 
+    def cpu(self) -> float:
+        """Seconds of CPU that it has taken."""
+        return cpu_of(self._qemu.pid)
+
     def migrate(self, uri: str, *, capabilities: Sequence[str] = (), channels: int = 2) -> Sample:
         """Migrate: ``seconds`` as QEMU counts them, ``bytes``, and when it ``started`` for us."""
         qemu = self._qemu
@@ -88,10 +93,16 @@ def source(guest: Guest, directory: Path) -> Iterator[Source]:
 
 @contextmanager
 def destination(
-    guest: Guest, directory: Path, uri: str, capabilities: Sequence[str] = ()
+    guest: Guest,
+    directory: Path,
+    uri: str,
+    capabilities: Sequence[str] = (),
+    channels: int = 2,
 ) -> Iterator[QemuProcess]:
     """A QEMU that waits at *uri*."""
     with QemuProcess([*guest.arguments(directory), "-incoming", "defer"]) as qemu:
+        if channels != 2:
+            qemu.execute("migrate-set-parameters", {"multifd-channels": channels})
         qemu.incoming(uri, capabilities=capabilities)
         yield qemu
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -77,6 +78,10 @@ class Process:
             if pipe is not None:
                 pipe.close()
 
+    def cpu(self) -> float:
+        """Seconds of CPU that it has taken so far."""
+        return cpu_of(self._process.pid)
+
     def wait(self) -> Sample:
         """Wait for the end: ``seconds`` since the start, ``cpu`` seconds, ``peak`` bytes of memory.
 
@@ -106,6 +111,12 @@ class Process:
             self.wait()
             raise Unmeasured("it ended without saying what it should")
         return line
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU that a process has taken (``proc(5)``, fields 14 and 15 of ``stat``)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def vmferry(*arguments: str) -> list[str]:

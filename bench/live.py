@@ -1,0 +1,260 @@
+"""Moving a running machine: QEMU to QEMU, vmferry to vmferry, and bytes through a bare socket.
+
+The same memory over the same channel without a limit, in turn.  The machines that are compared for
+throughput are paused, so that each migration sends their memory once; those for downtime run.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+from bench.machines import EMPTY, FULL, QUICK, Guest, Source, destination, source
+from bench.measure import Row, Sample, Samples, Target, milliseconds, pace
+from bench.places import Places
+from bench.processes import Process, cpu_of, vmferry, warm_memory
+from vmferry.qemu.qmp import Qmp
+
+_CHANNELS = (0, 2, 4)
+_PAGE = 4096
+_TIMEOUT = 120.0
+_MOVES = 20
+
+_COPY = """
+import socket, sys
+family, place = sys.argv[1], sys.argv[2]
+sink = socket.socket(socket.AF_UNIX if family == "unix" else socket.AF_INET)
+sink.connect(place if family == "unix" else ("127.0.0.1", int(place)))
+block, left = bytes(1 << 20), int(sys.argv[3])
+while left > 0:
+    sink.sendall(block)
+    left -= len(block)
+sink.shutdown(socket.SHUT_WR)
+sink.recv(1)
+"""
+
+
+def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
+    """Every row of this page."""
+    full, empty = QUICK if quick else (FULL, EMPTY)
+    yield from _throughput(full, where, rounds, quick=quick)
+    yield from _empty(empty, where, rounds, quick=quick)
+    yield from _downtime(full, where, _MOVES if not quick else 2)
+
+
+class Ours:
+    """A machine of vmferry in a process of its own; as :class:`bench.machines.Source`."""
+
+    def __init__(self, process: Process, qmp: Qmp) -> None:
+        self._process = process
+        self._qmp = qmp
+
+    def stop(self) -> None:
+        self._qmp.execute("stop")
+
+    def cpu(self) -> float:
+        """Seconds of CPU that the process has taken."""
+        return self._process.cpu()
+
+    def migrate(self, uri: str, *, channels: int = 0, limit: int = 300) -> Sample:
+        """Move the machine, with a downtime limit in milliseconds, and take it back."""
+        qmp = self._qmp
+        wanted = [{"capability": "multifd", "state": channels > 0}]
+        qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
+        numbers = {"max-bandwidth": 0, "multifd-channels": channels or 2, "downtime-limit": limit}
+        qmp.execute("migrate-set-parameters", numbers)
+        before = self.cpu()
+        qmp.execute("migrate", {"uri": uri})
+        answer = _ended(qmp)
+        taken = self.cpu() - before
+        qmp.execute("cont")  # only a machine that is here can be moved again
+        qmp.execute("stop")
+        return {
+            "seconds": answer["total-time"] / 1e3,
+            "bytes": answer["ram"]["transferred"],
+            "downtime": answer["downtime"] / 1e3,
+            "cpu": taken,
+        }
+
+
+def _ended(qmp: Qmp) -> dict[str, float]:
+    """``query-migrate`` once it says how the migration has ended."""
+    deadline = time.monotonic() + _TIMEOUT
+    while time.monotonic() < deadline:
+        answer = qmp.execute("query-migrate")
+        if answer["status"] == "completed":
+            return dict(answer)
+        if answer["status"] in {"failed", "cancelled"}:
+            raise RuntimeError(f"{answer['status']}: {answer.get('error-desc')}")
+        time.sleep(0.01)
+    raise TimeoutError("the migration does not end")
+
+
+@contextmanager
+def ours(guest: Guest, where: Path, name: str, *, rate: int = 1, uri: str = "") -> Iterator[Ours]:
+    """A machine with the guest's memory, which its own guest has filled; or one that waits."""
+    ram = guest.memory << 20
+    working = max(guest.fill, guest.pages) * _PAGE
+    (where / f"{name}.toml").write_text(
+        f"ram = {ram}\n[guest]\nworking-set = {working}\nrate = {rate}\n"
+    )
+    options = ["--incoming", uri] if uri else []
+    monitor, serial = where / f"{name}.qmp", where / f"{name}.serial"
+    command = vmferry(
+        "run", str(where / f"{name}.toml"), "--qmp", str(monitor), "--serial", str(serial)
+    )
+    with ExitStack() as stack:
+        process = stack.enter_context(Process([*command, "--json", *options]))
+        qmp = stack.enter_context(_connected(monitor))
+        if not uri:
+            _await_filled(serial)
+        yield Ours(process, qmp)
+
+
+def _connected(monitor: Path) -> Qmp:
+    deadline = time.monotonic() + _TIMEOUT
+    while True:
+        try:
+            return Qmp.connect(str(monitor), timeout=_TIMEOUT)
+        except Exception:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _await_filled(serial: Path) -> None:
+    """Wait for the first heartbeat of the guest: it has gone over all of its working set."""
+    deadline = time.monotonic() + _TIMEOUT
+    while not (serial.exists() and serial.stat().st_size):
+        if time.monotonic() > deadline:
+            raise TimeoutError("the guest does not fill its memory")
+        time.sleep(0.02)
+
+
+# Cases
+
+
+def _to_ours(
+    machine: Ours, guest: Guest, where: Path, uri: str, channels: int, limit: int = 300
+) -> Sample:
+    with ours(guest, where, "there", uri=uri) as other:
+        before = other.cpu()
+        sample = machine.migrate(uri, channels=channels, limit=limit)
+        return {**sample, "there": other.cpu() - before}
+
+
+def _to_qemu(qemu: Source, guest: Guest, where: Path, uri: str, channels: int) -> Sample:
+    capabilities = ("return-path", *(("multifd",) if channels else ()))
+    with destination(guest, where, uri, capabilities, channels=channels or 2) as other:
+        before, there = qemu.cpu(), cpu_of(other.pid)
+        sample = qemu.migrate(uri, capabilities=capabilities, channels=channels or 2)
+        return {**sample, "cpu": qemu.cpu() - before, "there": cpu_of(other.pid) - there}
+
+
+def _bare(kind: str, where: Path, size: int) -> Sample:
+    """A process sends *size* bytes in pieces of 1 MiB to another one, which reads as much."""
+    path = where / "bare"
+    path.unlink(missing_ok=True)
+    family = socket.AF_UNIX if kind == "unix" else socket.AF_INET
+    with socket.socket(family) as listener:
+        listener.bind(str(path) if kind == "unix" else ("127.0.0.1", 0))
+        listener.listen()
+        place = str(path) if kind == "unix" else str(listener.getsockname()[1])
+        sender = subprocess.Popen([sys.executable, "-c", _COPY, kind, place, str(size)])
+        connection, _ = listener.accept()
+        buffer = memoryview(bytearray(1 << 20))
+        began = time.perf_counter()
+        with connection:
+            while connection.recv_into(buffer):
+                pass
+        seconds = time.perf_counter() - began
+        sender.wait()
+    return {"seconds": seconds, "bytes": size}
+
+
+# Rows
+
+
+def _throughput(guest: Guest, where: Places, rounds: int, *, quick: bool) -> Iterator[Row]:
+    work = where.work
+    channels = {"unix": f"unix:{work}/live", "tcp": "tcp:127.0.0.1:47123"}
+    with source(guest, work) as qemu, ours(guest, work, "here") as machine:
+        machine.stop()
+        for kind, uri in channels.items():
+            cases: dict[str, Callable[[], Sample]] = {
+                "bare": partial(_bare, kind, work, max(guest.fill, 1) * _PAGE)
+            }
+            for count in _CHANNELS:
+                cases[f"QEMU {count}"] = partial(_to_qemu, qemu, guest, work, uri, count)
+                cases[f"vmferry {count}"] = partial(_to_ours, machine, guest, work, uri, count)
+            samples = Samples(cases, rounds, before=None if quick else warm_memory)
+            yield from _of_channel(kind, guest, samples)
+
+
+def _of_channel(kind: str, guest: Guest, samples: Samples) -> Iterator[Row]:
+    size = guest.memory / 1024
+    yield samples.row(f"live/{kind}/bare", f"{kind}: a bare socket", "GB/s", "bare", _memory(guest))
+    for count in _CHANNELS:
+        title = f"{kind}: " + (f"{count} multifd channels" if count else "one channel")
+        for who in ("QEMU", "vmferry"):
+            case, name = f"{who} {count}", f"live/{kind}/{count}/{who}"
+            what = f"{title}, {who} → {who}"
+            yield samples.row(name, what, "GB/s", case, _memory(guest))
+            cpu = f"{what}, CPU of both"
+            yield samples.row(f"{name}/cpu", cpu, "s/GiB", case, partial(_cpu, size))
+        pair = (f"vmferry {count}", f"QEMU {count}")
+        target = Target(1.5 if count else 3)
+        what = f"{title}, vmferry, times as fast as QEMU"
+        yield samples.ratio(f"live/{kind}/{count}/ratio", what, *pair, pace, target)
+    what = f"{kind}: one channel, vmferry, of what a bare socket copies"
+    yield samples.ratio(f"live/{kind}/socket", what, "vmferry 0", "bare", pace, Target(0.7))
+
+
+def _empty(guest: Guest, where: Places, rounds: int, *, quick: bool) -> Iterator[Row]:
+    work, uri = where.work, f"unix:{where.work}/live"
+    with source(guest, work) as qemu, ours(guest, work, "here") as machine:
+        machine.stop()
+        cases = {
+            "QEMU": partial(_to_qemu, qemu, guest, work, uri, 0),
+            "vmferry": partial(_to_ours, machine, guest, work, uri, 0),
+        }
+        samples = Samples(cases, rounds, before=None if quick else warm_memory)
+    for case in cases:
+        what = f"{guest.memory} MiB, mostly zero: {case} → {case}"
+        yield samples.row(f"live/empty/{case}", what, "ms", case, milliseconds("seconds"))
+    what = f"{guest.memory} MiB, mostly zero: vmferry, times as fast as QEMU"
+    yield samples.ratio("live/empty/ratio", what, "vmferry", "QEMU", pace, Target(3))
+
+
+def _downtime(guest: Guest, where: Places, moves: int) -> Iterator[Row]:
+    """Machines that run: one that hardly writes, and one that writes 200 MB/s."""
+    work, uri = where.work, f"unix:{where.work}/live"
+    for title, rate, limit, target in (
+        ("idle", 1, 300, Target(5, most=True)),
+        ("writing 200 MB/s", 200_000_000 // _PAGE, 100, Target(100, most=True)),
+    ):
+
+        def move(rate: int = rate, limit: int = limit) -> Sample:
+            with ours(guest, work, "here", rate=rate) as machine:
+                return _to_ours(machine, guest, work, uri, 0, limit)
+
+        samples = Samples({"vmferry": move}, moves)
+        what = f"{guest.memory} MiB, {title}, limit {limit} ms: downtime"
+        name = f"live/downtime/{title}"
+        yield samples.row(name, what, "ms", "vmferry", milliseconds("downtime"), target)
+
+
+def _memory(guest: Guest) -> Callable[[Sample], float]:
+    """GB of guest memory a second."""
+    size = guest.fill * _PAGE
+    return lambda sample: size / sample["seconds"] / 1e9
+
+
+def _cpu(size: float, sample: Sample) -> float:
+    return (sample["cpu"] + sample["there"]) / size
