@@ -19,6 +19,7 @@ from bench.machines import EMPTY, FULL, QUICK, Guest, Source, destination, sourc
 from bench.measure import Row, Sample, Samples, Target, milliseconds, pace
 from bench.places import Places
 from bench.processes import Process, cpu_of, vmferry, warm_memory
+from vmferry.machines.guest.console import Console
 from vmferry.qemu.qmp import Qmp
 
 _CHANNELS = (0, 2, 4)
@@ -129,12 +130,17 @@ def _connected(monitor: Path) -> Qmp:
 
 
 def _await_filled(serial: Path) -> None:
-    """Wait for the first heartbeat of the guest: it has gone over all of its working set."""
+    """Wait for a heartbeat of a guest that has written all of its working set."""
     deadline = time.monotonic() + _TIMEOUT
-    while not (serial.exists() and serial.stat().st_size):
-        if time.monotonic() > deadline:
-            raise TimeoutError("the guest does not fill its memory")
+    console = Console()
+    while not serial.exists():
         time.sleep(0.02)
+    with serial.open("rb") as output:
+        while not (console.beats and console.beats[-1].filled):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the guest does not fill its memory")
+            time.sleep(0.02)
+            console.feed(output.read())
 
 
 # Cases
