@@ -13,6 +13,7 @@ its user id until it executes a program (``PR_SET_DUMPABLE``).
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
@@ -100,6 +101,8 @@ class UserfaultfdLog:
                 cleanup.callback(self._forget)
                 self._memory.watch(self._add)
             except OSError as error:
+                if error.errno == errno.EBUSY:
+                    raise UsageError("the memory has a dirty log by userfaultfd already") from error
                 raise VmferryError(f"no dirty log by userfaultfd: {error.strerror}") from error
             cleanup.callback(self._memory.unwatch, self._add)
             self._cleanup = cleanup.pop_all()
