@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.memory.logs import PAGE, descriptors
 from vmferry import UsageError, VmferryError
-from vmferry.memory import GuestMemory
+from vmferry.memory import GuestMemory, holes
 
 
 @pytest.mark.parametrize("size", [PAGE, 3 * PAGE, (2 << 20) + PAGE, 64 << 30])
@@ -131,8 +131,19 @@ def test_views_that_somebody_holds_stay_valid() -> None:
     assert part.tolist() == [5, 5]
 
 
-@given(st.data())
-def test_populated_pages_are_those_that_were_touched(data: st.DataObject) -> None:
+def all_swapped_out(_address: int, pages: int) -> np.ndarray:
+    return np.zeros(pages, np.bool_)
+
+
+@given(st.data(), st.booleans())
+def test_populated_pages_are_those_that_were_touched(data: st.DataObject, swapped: bool) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if swapped:
+            patch.setattr(holes, "_resident", all_swapped_out)
+        _touch_and_compare(data)
+
+
+def _touch_and_compare(data: st.DataObject) -> None:
     pages = data.draw(st.sampled_from([1, 3, 512, 513, 1100]))
     touched = data.draw(st.sets(st.integers(0, pages - 1), max_size=20))
     with GuestMemory() as memory:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
-from tests.machines.small import Running, Small, need_kvm, small
+from tests.machines.small import CODE, Running, Small, need_kvm, small
 from tests.memory.logs import PAGE, Copy, Restless, collect, need_userfaultfd
 from vmferry import UsageError
 from vmferry.machines import GuestConfig, MachineConfig, create
+from vmferry.machines.cpu_state import CpuState
 from vmferry.memory import DirtyLog, open_dirty_log
 
 FIRST = (2 << 20) // PAGE
@@ -38,7 +37,7 @@ def _needed() -> None:
     need_userfaultfd()
 
 
-def started(machine: Small, kind: str) -> Iterator[DirtyLog]:
+def started(machine: Small, kind: str) -> DirtyLog:
     log = open_dirty_log(machine.memory, kind, kvm=machine.host)
     log.start()
     return log
@@ -107,9 +106,22 @@ def test_memory_that_the_guest_gets_later_is_logged(kind: str) -> None:
         log.stop()
 
 
-def _again(machine: Small):  # type: ignore[no-untyped-def]
+def test_pages_written_between_the_making_of_a_slot_and_the_next_look_are_reported() -> None:
+    with small(BEYOND) as machine:
+        log = started(machine, "kvm")
+        block = machine.memory.add("more", 16 * PAGE)
+        block.array[: 8 * PAGE] = 1
+        assert collect(log, block) == set(range(8))
+        machine.host.map(8 << 20, machine.memory.map_for_vcpus(block), block.size)
+        machine.until_halt()
+        assert collect(log, block) >= {0, 2, 4}
+        assert collect(log, block) == set()
+        log.stop()
+
+
+def _again(machine: Small) -> CpuState:
     state = machine.state()
-    state.rip = 0x10000
+    state.rip = CODE
     return state
 
 

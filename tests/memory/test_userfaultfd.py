@@ -104,6 +104,64 @@ def test_huge_pages_are_logged_by_small_ones() -> None:
         assert collect(made.log, block) == {9}
 
 
+_HUGE_PROGRAM = """
+import ctypes, os, subprocess, sys, types
+import numpy as np
+import vmferry.memory.blocks as blocks
+from vmferry.memory import GuestMemory, open_dirty_log
+
+class HugeFiles:
+    # As memfd on a host whose shared memory always has huge pages.
+    def __getattr__(self, name):
+        return getattr(os, name)
+    def memfd_create(self, name, flags):
+        return os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+
+blocks.os = HugeFiles()
+blocks.fcntl = types.SimpleNamespace(fcntl=lambda *_: 0, F_ADD_SEALS=0)
+assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+directory = os.path.dirname(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "huge=always", "none", directory], check=True)
+
+def huge():
+    with open("/proc/self/smaps") as maps:
+        return sum(int(line.split()[1]) for line in maps if line.startswith("ShmemPmdMapped:"))
+
+def collect():
+    words = np.zeros(block.pages // 64, np.uint64)
+    log.collect(block, words)
+    return np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist()
+
+with GuestMemory() as memory:
+    block = memory.add("ram", 16 << 20)
+    block.array[:4 << 20] = 1
+    print(huge() > 0)
+    log = open_dirty_log(memory, "userfaultfd")
+    log.start()
+    for page in (3, 700, 2048, 2049):
+        block.array[page * 4096] = 2
+        print(collect())
+    log.stop()
+    block.array[12 << 20] = 1
+    print(huge() > 0)
+"""
+
+
+def test_no_huge_pages_come_while_it_runs(tmp_path: Path) -> None:
+    need_userfaultfd()
+    if os.getuid():
+        pytest.skip("only root can mount a file system whose files always have huge pages")
+    output = subprocess.run(
+        [sys.executable, "-c", _HUGE_PROGRAM, str(tmp_path / "memory")],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    ).stdout
+    assert output.split("\n")[:-1] == ["True", "[3]", "[700]", "[2048]", "[2049]", "True"]
+
+
 def test_memory_that_was_never_touched_takes_no_page_tables() -> None:
     with guest("userfaultfd") as made:
         block = made.add("ram", (64 << 30) // PAGE)
