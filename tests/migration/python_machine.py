@@ -41,6 +41,8 @@ class PythonMachine:
         name: str = "python-1.0",
         uuid: UUID | None = None,
         pace: float = 0.001,
+        log: str = "auto",
+        shared: bool = False,
     ) -> None:
         self.name = name
         self.uuid = uuid
@@ -48,10 +50,11 @@ class PythonMachine:
         self.processor = Processor()
         self.registry.register(self.processor)
         self.memory = GuestMemory()
-        self.ram = self.memory.add("ram", pages * 4096)
+        self.ram = self.memory.add("ram", pages * 4096, shared=shared)
         self.throttled: list[int] = []
         self._hot = hot
         self._pace = pace
+        self._log = log
         self._may_run = threading.Event()
         self._turn = threading.Lock()
         self._closed = False
@@ -98,7 +101,7 @@ class PythonMachine:
         self.throttled.append(percent)
 
     def dirty_log(self) -> DirtyLog:
-        return open_dirty_log(self.memory)
+        return open_dirty_log(self.memory, self._log)
 
     def _run(self) -> None:
         words = self.ram.array.view(np.uint64)

@@ -118,6 +118,21 @@ def test_running_machine_moves(lab: Lab, uri: str, parameters: dict[str, object]
     assert ("destination", "RESUME", {}) in lab.events
 
 
+@pytest.mark.parametrize("options", [{"log": "shadow"}, {"shared": True}])
+@pytest.mark.parametrize("capability", ["multifd", "xbzrle", "events"])
+def test_machine_moves_by_any_log_and_with_shared_memory(
+    lab: Lab, options: dict[str, object], capability: str
+) -> None:
+    source, destination, address = lab.pair(**options)
+    wait_until(lambda: machine(source).steps > 3)
+    source.set_capabilities({capability: True})
+    source.set_parameters({"max-bandwidth": 8 << 20})
+    source.migrate(address)
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
 def test_machine_that_stands_still_stays_so(lab: Lab) -> None:
     source, destination, address = lab.pair()
     source.stop()
