@@ -54,6 +54,7 @@ class PythonMachine:
         self.throttled: list[int] = []
         self._hot = hot
         self._pace = pace
+        self._wrong: set[int] = set()
         self._log = log
         self._may_run = threading.Event()
         self._turn = threading.Lock()
@@ -72,6 +73,7 @@ class PythonMachine:
     def check(self) -> None:
         """Every page is as it should be after as many steps; it stands still."""
         words = self.ram.array.view(np.uint64).reshape(-1, WORDS)
+        assert self._wrong == set()
         assert (words[: self._hot, 0] == self.processor.steps).all()
         wanted = PythonMachine(self.ram.pages, self._hot).fill()
         with wanted:
@@ -104,14 +106,16 @@ class PythonMachine:
         return open_dirty_log(self.memory, self._log)
 
     def _run(self) -> None:
-        words = self.ram.array.view(np.uint64)
+        hot = self.ram.array.view(np.uint64)[: self._hot * WORDS : WORDS]
         while not self._closed:
             if not self._may_run.wait(0.05):
                 continue
             with self._turn:
                 if self._may_run.is_set():
+                    # Whatever was lost on the way is seen now, or never.
+                    self._wrong |= set((hot != self.processor.steps).nonzero()[0].tolist())
                     self.processor.steps += 1
-                    words[: self._hot * WORDS : WORDS] = self.processor.steps
+                    hot[:] = self.processor.steps
             time.sleep(self._pace)
 
     def __enter__(self) -> Self:
