@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.machines.small import Recorder, need_kvm
+from tests.machines.hosted import NO_KVM
+from tests.machines.small import Recorder
 from vmferry.machines.kvm import KvmHost
 from vmferry.memory import DirtyLog, GuestMemory, MemoryBlock, open_dirty_log
 from vmferry.memory.userfaultfd import UserfaultfdLog
@@ -23,6 +24,12 @@ def need_userfaultfd() -> None:
     """Skip the test where there is none, with the reason."""
     if missing := UserfaultfdLog.missing():
         pytest.skip(missing)
+
+
+def need_kvm() -> None:
+    """Skip the test where there is no KVM, with the reason."""
+    if NO_KVM:
+        pytest.skip(NO_KVM)
 
 
 class Guest:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.machines.small import CODE, Running, Small, need_kvm, small
-from tests.memory.logs import PAGE, Copy, Restless, collect, need_userfaultfd
+from tests.machines.small import CODE, Running, Small, small
+from tests.memory.logs import PAGE, Copy, Restless, collect, need_kvm, need_userfaultfd
 from vmferry import UsageError
-from vmferry.machines import GuestConfig, MachineConfig, create
 from vmferry.machines.cpu_state import CpuState
 from vmferry.memory import DirtyLog, open_dirty_log
 
@@ -150,9 +149,3 @@ def test_kvm_logs_no_more_than_it_has_to() -> None:
         log.stop()
         with pytest.raises(UsageError, match="slot 0 is not logged"):
             machine.host.collect(slots[0])
-
-
-def test_kvm_is_taken_where_it_runs_the_machine() -> None:
-    config = MachineConfig(kind="kvm", ram=64 << 20, guest=GuestConfig())
-    with create(config, serial=lambda _: None) as machine:
-        assert machine.dirty_log().name == "kvm"
