@@ -237,6 +237,8 @@ def migrate_event(value: Any, where: str) -> None:
     """A line of ``vmferry migrate --json``."""
     if value["event"] == "progress":
         obj({"event": text} | MIGRATION)(value, where)
+    elif value["event"] == "stalled":
+        obj({"event": text, "message": text})(value, where)
     elif value["ok"]:
         obj(_RESULT | {"target": text} | MIGRATION)(value, where)
     else:

@@ -204,6 +204,39 @@ def test_terminal_shows_what_converges(columns: int, tmp_path: Path) -> None:
     assert "migrated to unix:/x" in terminal.text
 
 
+STALLED = ACTIVE | {"x-vmferry-stall": "no progress for 5 rounds"}
+
+
+def test_stall_is_said_once_in_a_log(tmp_path: Path) -> None:
+    script = [{}, ACTIVE, STALLED, STALLED, STALLED, COMPLETED]
+    with Machine(tmp_path / "m", query_migrate=script) as machine:
+        plain = vmferry("migrate", machine.address, "unix:/x")
+    assert plain.stdout.splitlines()[0] == "no progress for 5 rounds"
+    assert len(plain.stdout.splitlines()) == 2
+    with Machine(tmp_path / "n", query_migrate=[{}, STALLED, COMPLETED]) as machine:
+        done = vmferry("migrate", machine.address, "unix:/x", "--json")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    for number, event in enumerate(events):
+        schema.migrate_event(event, f"line {number}")
+    assert [event["event"] for event in events] == ["stalled", "progress", "result"]
+
+
+def test_stall_is_said_above_what_is_drawn(tmp_path: Path) -> None:
+    hold = threading.Event()
+    script = [{}, ACTIVE, ACTIVE, STALLED]
+
+    def answer() -> object:
+        return COMPLETED if hold.is_set() else script.pop(0) if len(script) > 1 else script[0]
+
+    with Machine(tmp_path / "m", query_migrate=answer) as machine:
+        terminal = Terminal(["migrate", machine.address, "unix:/x"], 80)
+        terminal.wait_for("no progress for 5 rounds")
+        hold.set()
+        assert terminal.finish() == 0
+        terminal.close()
+    assert terminal.text.count("no progress") == 1
+
+
 def test_waiting_for_someone_is_said(tmp_path: Path) -> None:
     waiting = {"status": "pre-switchover"}
     with (
@@ -324,6 +357,11 @@ def test_no_machine_is_one_line(verb: list[str], tmp_path: Path) -> None:
             ["running", "migration failed: no \\x1b[2Jspace"],
         ),
         ({"status": "cancelled"}, ["running", "migration cancelled"]),
+        (
+            COMPLETED | {"status": "sent"},
+            ["running", "migration sent: 6 GiB in 2 s, 3 GiB/s, 3 rounds, downtime 12 ms"],
+        ),
+        (STALLED, ["running", f"migration {IN_WORDS}", "no progress for 5 rounds"]),
     ],
 )
 def test_status_is_a_few_lines(answer: object, lines: list[str], tmp_path: Path) -> None:

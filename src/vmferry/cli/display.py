@@ -53,7 +53,7 @@ class Display(Lines[T]):
 
     def progress(self, now: T) -> None:
         """So far it got."""
-        Reporter.progress(self, now)
+        Reporter.progress(self, now)  # without the line of a log
         if self.view.is_shown(now) and not self._is_over:
             self._live.start()
 
