@@ -105,6 +105,7 @@ def test_standard_output_is_for_the_guest_where_it_is_wanted(machine: Path) -> N
         [*COMMAND, "run", str(machine), "--serial", "-"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        bufsize=0,  # so that nothing is left behind in one when communicate() takes over
         env=environment(),
     ) as process:
         assert process.stdout
