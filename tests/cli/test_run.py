@@ -45,8 +45,13 @@ def run(machine: Path) -> Iterator[Run]:
 
 
 def monitored(path: Path) -> Path:
-    """*path*, as soon as there is a monitor."""
-    wait_until(path.exists)
+    """*path*, as soon as there is a monitor: the file is there a moment before it listens."""
+
+    def listens() -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(str(path)) == 0
+
+    wait_until(listens)
     return path
 
 
