@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 import socket
@@ -172,11 +171,9 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def daemon_of(image: Image) -> int:
-    """The process id of the storage daemon of this test's only image in a format."""
-    (pid,) = [
-        child
-        for child in children(os.getpid())
-        if Path(f"/proc/{child}/comm").read_text().startswith("qemu-storage")
-    ]
-    return pid
+def has_ended(pid: int) -> bool:
+    """Whether the process is gone, or a zombie that nobody has waited for."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True

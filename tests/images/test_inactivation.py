@@ -14,6 +14,7 @@ from tests.images.support import (
     SIZE,
     children,
     digest,
+    has_ended,
     kind,
     make,
     noise,
@@ -94,7 +95,7 @@ def test_killed_owner_leaves_the_image_to_others_and_writes_nothing_late(
         process.kill()
         process.wait()
         for helper in helpers:
-            wait_until(lambda helper=helper: not Path(f"/proc/{helper}").exists())
+            wait_until(lambda helper=helper: has_ended(helper))
         before = facts(path)
     assert facts(path) == before
     with open_image(path, active=True, format=form) as image:

@@ -30,7 +30,6 @@ class AlignedAccess:
 
     def __init__(self, inner: Access, name: str, block: int, *, memory: bool) -> None:
         if inner.size % block:
-            inner.close()
             raise StorageError(
                 f"{name}: expected a size in blocks of {block} bytes, found {inner.size} bytes"
             )

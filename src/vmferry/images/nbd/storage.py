@@ -64,12 +64,12 @@ def open_export(connection: socket.socket, name: str, export: str, *, read_only:
         if not read_only:
             _check_writable(name, terms.flags)
         access = NbdConnection(wire, name, terms)
+        if terms.block == 1:
+            return access
+        return AlignedAccess(access, name, terms.block, memory=False)
     except BaseException:
         wire.close()
         raise
-    if terms.block == 1:
-        return access
-    return AlignedAccess(access, name, terms.block, memory=False)
 
 
 def _check_writable(name: str, flags: Export) -> None:

@@ -78,7 +78,7 @@ class Wire:
 
     def refuse(self, expected: str, found: str) -> NoReturn:
         """The server broke the rules of NBD."""
-        self.fail(f"expected {expected} from the NBD server, found {found}")
+        self.fail(f"the NBD server breaks the protocol: expected {expected}, found {found}")
 
     def close(self) -> None:
         """Idempotent."""
