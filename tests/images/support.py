@@ -123,7 +123,7 @@ def kind(name: str, directory: Path, size: int = SIZE) -> Iterator[Kind]:
         return
     drive = {"driver": "raw", "file": {"driver": "file", "filename": str(path)}}
     if name == "nbd-blocks":  # a server that takes nothing but blocks of 4 KiB
-        drive["file"] = {"driver": "blkdebug", "align": 4096, "image": drive["file"]}
+        drive = {"driver": "blkdebug", "align": 4096, "image": drive}
     with nbd_server("json:" + json.dumps(drive), at=directory / "s") as uri:
         yield Kind(uri, path, {})
 

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,20 @@ def test_locks_go_to_an_incoming_qemu(tmp_path: Path, start_qemu: Start, form: s
         wait_until(lambda: 101 in held(path))
         with pytest.raises(ImageLocked):
             image.activate()
+
+
+def test_child_that_has_a_copy_of_the_descriptor_keeps_no_lock(tmp_path: Path) -> None:
+    path = make(tmp_path / "disk", "raw")
+    with open_image(path, active=True) as image:
+        (fd,) = [
+            int(entry.name)
+            for entry in Path("/proc/self/fd").iterdir()
+            if entry.is_symlink() and entry.readlink() == path
+        ]
+        with subprocess.Popen(["sleep", "60"], pass_fds=[fd]) as child:
+            image.inactivate()
+            assert held(path) == []
+            child.kill()
 
 
 def test_resizing_respects_who_refuses_it(tmp_path: Path) -> None:

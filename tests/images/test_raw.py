@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,6 +146,8 @@ def test_full_disk(tmp_path: Path) -> None:
 @contextlib.contextmanager
 def _device(file: Path) -> Iterator[str]:
     """A block device that is kept in *file*."""
+    if not shutil.which("losetup"):
+        pytest.skip("losetup is missing: apt-get install mount")
     done = subprocess.run(
         ["losetup", "--find", "--show", file], capture_output=True, text=True, check=False
     )

@@ -4,7 +4,8 @@ They are shared open-file-description locks (``fcntl(2)``, ``F_OFD_SETLK``) of o
 bytes are coordinates only, nothing of the file is touched.  Byte 100 + p: the holder uses
 permission p; byte 200 + p: the holder lets no other use it (QEMU 7.2 ``block/file-posix.c``,
 ``RAW_LOCK_PERM_BASE``).  Whoever comes takes his own first and then tests those of others, so of
-two that come together none or one gets in, but never both.  They end with the descriptor.
+two that come together none or one gets in, but never both.  They end with the description that the
+descriptor stands for, whoever has a copy of it.
 """
 
 from __future__ import annotations
@@ -47,10 +48,11 @@ class Permission(IntEnum):
 
 
 def lock(fd: int, name: str, *, uses: Iterable[Permission], refuses: Iterable[Permission]) -> None:
-    """Lock the file for those permissions, until *fd* is closed.
+    """Lock the file for those permissions.
 
-    Raises :class:`ImageLocked`; what was taken is then still held.  Where the file system has no
-    such locks, a warning says so, once, and there is none.
+    Raises :class:`ImageLocked`; what was taken is then still held, until
+    :func:`release`.  Where the file system has no such locks, a warning says so, once, and there is
+    none.
     """
     uses, refuses = list(uses), list(refuses)
     try:
@@ -68,6 +70,11 @@ def lock(fd: int, name: str, *, uses: Iterable[Permission], refuses: Iterable[Pe
         _tell(fd, name, error)
 
 
+def release(fd: int) -> None:
+    """Give all locks back, also those that a copy of *fd* in a child process would keep."""
+    _unlock(fd, _USED, _REFUSED + 100 - _USED)
+
+
 @contextmanager
 def briefly(fd: int, name: str, permission: Permission) -> Iterator[None]:
     """Hold one more permission inside the block."""
@@ -75,15 +82,19 @@ def briefly(fd: int, name: str, permission: Permission) -> Iterator[None]:
         lock(fd, name, uses=[permission], refuses=[])
         yield
     finally:
-        try:
-            _set(fd, fcntl.F_UNLCK, _USED + permission)
-        except OSError as error:
-            if error.errno not in _NONE_HERE:
-                raise
+        _unlock(fd, _USED + permission, 1)
 
 
-def _set(fd: int, kind: int, byte: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+def _set(fd: int, kind: int, byte: int, count: int = 1) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, count, 0))
+
+
+def _unlock(fd: int, byte: int, count: int) -> None:
+    try:
+        _set(fd, fcntl.F_UNLCK, byte, count)
+    except OSError as error:
+        if error.errno not in _NONE_HERE:
+            raise
 
 
 def _held_by_others(fd: int, byte: int) -> bool:

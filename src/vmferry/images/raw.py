@@ -16,7 +16,7 @@ from vmferry.errors import StorageError
 from . import holes
 from .aligned import AlignedAccess
 from .image import Extent
-from .locks import Permission, briefly, lock
+from .locks import Permission, briefly, lock, release
 from .storage import Access, Views
 from .views import cut
 
@@ -169,7 +169,10 @@ class RawAccess:
         """See :meth:`Access.close`."""
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
-            os.close(fd)
+            try:
+                release(fd)
+            finally:
+                os.close(fd)
 
 
 def drop_cache(fd: int) -> None:
