@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from vmferry.images import Image, open_image
 
 PROMPT = 30.0
@@ -74,6 +76,25 @@ def nbd_server(*arguments: str, at: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+def on_small_file_system(directory: Path, script: str) -> str:
+    """What *script* prints that has 2 MiB for its ``sys.argv[1]``, a file of *directory*."""
+    mount = f"mount -t tmpfs -o size=2m none {directory} || exit 99"
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", "--map-root-user", "sh", "-c"),
+            f'{mount}; exec "$0" -c "$1" {directory}/disk',
+            *(sys.executable, script),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 99 or done.stderr.startswith("unshare"):
+        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
+    assert not done.stderr, done.stderr
+    return done.stdout
 
 
 def _listens(path: Path) -> bool:

@@ -17,6 +17,7 @@ from tests.images.support import (
     make,
     nbd_server,
     noise,
+    on_small_file_system,
     qemu_img,
     qemu_io,
     read,
@@ -88,6 +89,35 @@ def test_daemon_that_dies_is_named_and_the_image_can_be_had_back(tmp_path: Path)
     with open_image(path, active=True, format="qcow2") as again:
         assert read(again, 0, 7) == b"flushed"
     qemu_img("check", "-q", "-f", "qcow2", str(path))
+
+
+FULL_AT_THE_END = """
+import os, subprocess, sys
+from vmferry.images import open_image
+path = sys.argv[1]
+subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "64M"], check=True)
+subprocess.run(["qemu-img", "bitmap", "--add", "-f", "qcow2", path, "dirty"], check=True)
+image = open_image(path, active=True, format="qcow2")
+image.write(0, bytes(65536))
+image.flush()
+with open(path + " filler", "wb", buffering=0) as file:
+    try:
+        while file.write(bytes(4096)):
+            pass
+    except OSError:
+        pass
+try:
+    image.inactivate()
+except Exception as error:
+    print(type(error).__name__, error, image.active)
+"""
+
+
+def test_what_the_format_cannot_write_at_its_end_fails_the_inactivation(tmp_path: Path) -> None:
+    output = on_small_file_system(tmp_path, FULL_AT_THE_END)
+    assert output.startswith(f"StorageError {tmp_path}/disk: ")
+    assert "ersistent bitmap" in output
+    assert output.endswith("No space left on device False\n")
 
 
 @pytest.mark.parametrize(

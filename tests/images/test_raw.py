@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.images.support import SIZE, make, noise, read
+from tests.images.support import SIZE, make, noise, on_small_file_system, read
 from vmferry.errors import StorageError, UsageError
 from vmferry.images import Extent, open_image
 
@@ -117,27 +117,16 @@ def test_file_without_permission_is_found_while_nothing_depends_on_it(tmp_path: 
 
 def test_full_disk(tmp_path: Path) -> None:
     script = (
-        "import sys; from vmferry.images import open_image\n"
+        "import os, sys; from vmferry.images import open_image\n"
+        "with open(sys.argv[1], 'wb') as file: file.truncate(8 << 20)\n"
         "image = open_image(sys.argv[1], active=True)\n"
         "image.write(0, b'fits')\n"
         "try: image.write(0, b'x' * (8 << 20))\n"
         "except Exception as error: print(type(error).__name__, error)\n"
         "image.inactivate(); print('inactive')\n"
     )
-    command = f"mount -t tmpfs -o size=1m none {tmp_path} && truncate -s 8M {tmp_path}/disk &&"
-    done = subprocess.run(
-        [
-            *("unshare", "--mount", "--map-root-user", "sh", "-c"),
-            f'{command} exec "$0" -c "$1" {tmp_path}/disk',
-            *(sys.executable, script),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "unshare" in done.stderr or "mount" in done.stderr:
-        pytest.skip(f"a small file system cannot be mounted: {done.stderr}")
-    assert done.stdout == (
+    output = on_small_file_system(tmp_path, script)
+    assert output == (
         f"StorageError {tmp_path}/disk: cannot be written: No space left on device; "
         "free some space or choose another file system\ninactive\n"
     )
