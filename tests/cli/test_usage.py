@@ -123,6 +123,19 @@ def test_nothing_heavy_is_imported_before_it_is_needed(command: list[str]) -> No
     assert "typer" not in imported or command[0] == "-m"
 
 
+def test_numpy_starts_no_threads() -> None:
+    program = """
+import os, vmferry.cli
+vmferry.cli.main(["inspect", os.devnull])
+import numpy
+print(len(os.listdir("/proc/self/task")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == b"1"
+
+
 def test_help_survives_a_reader_that_goes_away() -> None:
     reader, writer = os.pipe()
     os.close(reader)

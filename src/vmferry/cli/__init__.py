@@ -8,6 +8,7 @@ used.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # Interrupted while all this is still imported, it ends without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # numpy's linear algebra would start a thread for each processor, and nothing here needs it.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from .signals import Interrupted, raising_signals
 
     given = sys.argv[1:] if arguments is None else list(arguments)
