@@ -52,7 +52,10 @@ def command(
         for part, chosen in (("ram", ram), ("sections", sections), ("devices", device))
         if chosen
     }
-    (_write_json if json else _write_text)(survey, wanted, device or [], verified=verify)
+    if json:
+        _write_json(survey, wanted, device or [], verified=verify)
+    elif survey.size:  # else there is nothing before the fault
+        _write_text(survey, wanted, device or [], verified=verify)
     if survey.error is not None:
         raise survey.error
 

@@ -73,8 +73,8 @@ class Channel(_Closing):
     def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
         """Send all *parts* in order, unjoined.  On any exception an unknown amount was sent.
 
-        Where the peer takes nothing for *timeout* seconds, raises :class:`TransportError`; ``None``
-        waits for ever.
+        Where the peer takes nothing for *timeout* seconds, raises :class:`TransportError`, at the
+        latest after twice as long; ``None`` waits for ever.
         """
 
     @abstractmethod
