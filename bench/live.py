@@ -46,7 +46,8 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
     full, empty = QUICK if quick else (FULL, EMPTY)
     yield from _throughput(full, where, rounds, quick=quick)
     yield from _empty(empty, where, rounds, quick=quick)
-    yield from _downtime(full, where, _MOVES if not quick else 2)
+    yield from _downtime(full, where, 2 if quick else _MOVES)
+    yield from _cancel(full, where, rounds)
 
 
 class Ours:
@@ -82,6 +83,23 @@ class Ours:
             "downtime": answer["downtime"] / 1e3,
             "cpu": taken,
         }
+
+    def cancel(self, uri: str) -> float:
+        """Begin to move the machine and think better of it; how many seconds that took."""
+        qmp = self._qmp
+        qmp.execute("migrate-set-parameters", {"max-bandwidth": 1 << 26})
+        qmp.execute("migrate", {"uri": uri})
+        while qmp.execute("query-migrate")["status"] != "active":
+            time.sleep(0.01)
+        began = time.perf_counter()
+        qmp.execute("migrate_cancel")
+        while qmp.execute("query-migrate")["status"] != "cancelled":
+            time.sleep(0.001)
+        return time.perf_counter() - began
+
+    def anonymous(self) -> float:
+        """Bytes of memory of the process that are not the guest's (``RssAnon``)."""
+        return self._process.anonymous()
 
 
 def _ended(qmp: Qmp) -> dict[str, float]:
@@ -241,19 +259,52 @@ def _empty(guest: Guest, where: Places, rounds: int, *, quick: bool) -> Iterator
 def _downtime(guest: Guest, where: Places, moves: int) -> Iterator[Row]:
     """Machines that run: one that hardly writes, and one that writes 200 MB/s."""
     work, uri = where.work, f"unix:{where.work}/live"
-    for title, rate, limit, target in (
-        ("idle", 1, 300, Target(5, most=True)),
-        ("writing 200 MB/s", 200_000_000 // _PAGE, 100, Target(100, most=True)),
-    ):
 
-        def move(rate: int = rate, limit: int = limit) -> Sample:
-            with ours(guest, work, "here", rate=rate) as machine:
-                return _to_ours(machine, guest, work, uri, 0, limit)
+    def move(rate: int, limit: int) -> Sample:
+        with ours(guest, work, "here", rate=rate) as machine:
+            return _to_ours(machine, guest, work, uri, 0, limit)
 
-        samples = Samples({"vmferry": move}, moves)
-        what = f"{guest.memory} MiB, {title}, limit {limit} ms: downtime"
-        name = f"live/downtime/{title}"
-        yield samples.row(name, what, "ms", "vmferry", milliseconds("downtime"), target)
+    with source(guest, work) as qemu:
+
+        def move_qemu() -> Sample:
+            with destination(guest, work, uri, ("return-path",)):
+                return qemu.migrate(uri, capabilities=("return-path",), running=True)
+
+        cases = {
+            "QEMU": move_qemu,
+            "idle": lambda: move(1, 300),
+            "writing": lambda: move(200_000_000 // _PAGE, 100),
+        }
+        samples = Samples(cases, moves)
+    figure, size = milliseconds("downtime"), f"{guest.memory} MiB"
+    what = f"{size}, hardly writing: QEMU → QEMU, downtime"
+    yield samples.row("live/downtime/QEMU", what, "ms", "QEMU", figure)
+    what = f"{size}, hardly writing: vmferry → vmferry, downtime"
+    target = Target(5, most=True)
+    yield samples.row("live/downtime/idle", what, "ms", "idle", figure, target)
+    what = f"{size}, writing 200 MB/s, limit 100 ms: downtime, median of {moves}"
+    yield samples.row("live/downtime/writing", what, "ms", "writing", figure)
+    what = f"{size}, writing 200 MB/s, limit 100 ms: moves within the limit"
+    within = [float(value <= 100) for value in samples.values("writing", figure)]
+    share = [sum(within) / len(within) * 100] if within else []
+    yield Row("live/downtime/within", what, "%", share, Target(100))
+
+
+def _cancel(guest: Guest, where: Places, rounds: int) -> Iterator[Row]:
+    """A migration that is cancelled, and what the processes take beside the guest's memory."""
+    work, uri = where.work, f"unix:{where.work}/live"
+
+    def cancel() -> Sample:
+        with ours(guest, work, "here") as machine, ours(guest, work, "there", uri=uri) as other:
+            seconds = machine.cancel(uri)
+            return {"seconds": seconds, "peak": max(machine.anonymous(), other.anonymous())}
+
+    samples = Samples({"cancel": cancel}, rounds)
+    what, figure = "a cancel, until the status is cancelled", milliseconds("seconds")
+    yield samples.row("live/cancel", what, "ms", "cancel", figure, Target(50, most=True))
+    what = "memory of a process beside the guest's, while it moves"
+    target = Target(100, most=True)
+    yield samples.row("live/memory", what, "MB", "cancel", lambda s: s["peak"] / 1e6, target)
 
 
 def _memory(guest: Guest) -> Callable[[Sample], float]:

@@ -59,9 +59,21 @@ class Source:
         """Seconds of CPU that it has taken."""
         return cpu_of(self._qemu.pid)
 
-    def migrate(self, uri: str, *, capabilities: Sequence[str] = (), channels: int = 2) -> Sample:
-        """Migrate: ``seconds`` as QEMU counts them, ``bytes``, and when it ``started`` for us."""
+    def migrate(
+        self,
+        uri: str,
+        *,
+        capabilities: Sequence[str] = (),
+        channels: int = 2,
+        running: bool = False,
+    ) -> Sample:
+        """Migrate: ``seconds`` as QEMU counts them, ``bytes``, and when it ``started`` for us.
+
+        With *running* the guest runs meanwhile, and there is a ``downtime``.
+        """
         qemu = self._qemu
+        if running:
+            qemu.execute("cont")
         wanted = [{"capability": c, "state": c in capabilities} for c in _CAPABILITIES]
         qemu.execute("migrate-set-capabilities", {"capabilities": wanted})
         limits = {"max-bandwidth": _NO_LIMIT, "multifd-channels": channels}
@@ -79,7 +91,8 @@ class Source:
         qemu.execute("cont")
         qemu.execute("stop")
         seconds = answer["total-time"] / 1e3
-        return {"seconds": seconds, "bytes": answer["ram"]["transferred"], "started": started}
+        sample = {"seconds": seconds, "bytes": answer["ram"]["transferred"], "started": started}
+        return {**sample, "downtime": answer["downtime"] / 1e3}
 
 
 @contextmanager

@@ -120,6 +120,10 @@ class Samples:
         values = [figure(sample) for sample in self._taken[case]]
         return Row(name, what, unit, values, target)
 
+    def values(self, case: str, figure: Callable[[Sample], float]) -> list[float]:
+        """*figure* of each sample of *case*; none where it failed."""
+        return [figure(sample) for sample in self._taken[case]]
+
     def ratio(
         self,
         name: str,

@@ -82,6 +82,13 @@ class Process:
         """Seconds of CPU that it has taken so far."""
         return cpu_of(self._process.pid)
 
+    def anonymous(self) -> float:
+        """Bytes of memory that no file stands behind (``proc(5)``, ``RssAnon``)."""
+        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return float(line.split()[1]) * 1024
+        raise Unmeasured("the kernel does not tell a process's anonymous memory")
+
     def wait(self) -> Sample:
         """Wait for the end: ``seconds`` since the start, ``cpu`` seconds, ``peak`` bytes of memory.
 
