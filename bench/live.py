@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,8 @@ sink.recv(1)
 def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
     """Every row of this page."""
     full, empty = QUICK if quick else (FULL, EMPTY)
-    yield from _throughput(full, where, rounds, quick=quick)
+    yield from _throughput(full, where, rounds, ("unix", "tcp"), quick=quick)
+    yield from _throughput(replace(full, preallocated=True), where, rounds, ("unix",), quick=quick)
     yield from _empty(empty, where, rounds, quick=quick)
     yield from _downtime(full, where, 2 if quick else _MOVES)
     yield from _cancel(full, where, rounds)
@@ -120,9 +122,14 @@ def ours(guest: Guest, where: Path, name: str, *, rate: int = 1, uri: str = "") 
     """A machine with the guest's memory, which its own guest has filled; or one that waits."""
     ram = guest.memory << 20
     working = max(guest.fill, guest.pages) * _PAGE
-    (where / f"{name}.toml").write_text(
-        f"ram = {ram}\n[guest]\nworking-set = {working}\nrate = {rate}\n"
-    )
+    lines = [
+        f"ram = {ram}",
+        f"preallocate = {str(guest.preallocated).lower()}",
+        "[guest]",
+        f"working-set = {working}",
+        f"rate = {rate}",
+    ]
+    (where / f"{name}.toml").write_text("\n".join(lines))
     options = ["--incoming", uri] if uri else []
     monitor, serial = where / f"{name}.qmp", where / f"{name}.serial"
     command = vmferry(
@@ -205,12 +212,15 @@ def _bare(kind: str, where: Path, size: int) -> Sample:
 # Rows
 
 
-def _throughput(guest: Guest, where: Places, rounds: int, *, quick: bool) -> Iterator[Row]:
+def _throughput(
+    guest: Guest, where: Places, rounds: int, kinds: Sequence[str], *, quick: bool
+) -> Iterator[Row]:
     work = where.work
-    channels = {"unix": f"unix:{work}/live", "tcp": "tcp:127.0.0.1:47123"}
+    uris = {"unix": f"unix:{work}/live", "tcp": "tcp:127.0.0.1:47123"}
     with source(guest, work) as qemu, ours(guest, work, "here") as machine:
         machine.stop()
-        for kind, uri in channels.items():
+        for kind in kinds:
+            uri = uris[kind]
             cases: dict[str, Callable[[], Sample]] = {
                 "bare": partial(_bare, kind, work, max(guest.fill, 1) * _PAGE)
             }
@@ -218,7 +228,8 @@ def _throughput(guest: Guest, where: Places, rounds: int, *, quick: bool) -> Ite
                 cases[f"QEMU {count}"] = partial(_to_qemu, qemu, guest, work, uri, count)
                 cases[f"vmferry {count}"] = partial(_to_ours, machine, guest, work, uri, count)
             samples = Samples(cases, rounds, before=None if quick else warm_memory)
-            yield from _of_channel(kind, guest, samples)
+            title = f"{kind}, memory preallocated" if guest.preallocated else kind
+            yield from _of_channel(title, guest, samples)
 
 
 def _of_channel(kind: str, guest: Guest, samples: Samples) -> Iterator[Row]:

@@ -23,6 +23,8 @@ _CAPABILITIES = ("return-path", "multifd")
 class Guest:
     """A guest with *memory* in MiB.
 
+    With *preallocated* all of its memory is taken before anything is measured.
+
     It fills *fill* pages with words that do not compress, and puts a stamp on *pages* of them.
     """
 
@@ -30,6 +32,7 @@ class Guest:
     memory: int
     pages: int
     fill: int = 0
+    preallocated: bool = False
 
     def arguments(self, directory: Path) -> list[str]:
         """QEMU's arguments; writes the guest's program to *directory*."""
@@ -37,8 +40,12 @@ class Guest:
         program.write_bytes(walker(pages=self.pages, fill=self.fill))
         # 8 KiB more, for the dirty log of QEMU 7.2 under TCG loses writes where the memory is a
         # multiple of 64 pages.
-        machine = ["-machine", "pc,accel=tcg", "-nodefaults", "-m", f"{self.memory * 1024 + 8}k"]
-        return [*machine, "-kernel", str(program)]
+        size = f"{self.memory * 1024 + 8}k"
+        machine = ["-machine", "pc,accel=tcg", "-nodefaults", "-m", size, "-kernel", str(program)]
+        if not self.preallocated:
+            return machine
+        backend = f"memory-backend-ram,id=ram,size={size},prealloc=on"
+        return [*machine, "-object", backend, "-machine", "memory-backend=ram"]
 
 
 FULL = Guest("full", 1088, pages=16, fill=1 << 18)

@@ -55,7 +55,7 @@ def test_every_key_has_a_default(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("ram = ", "expected TOML: Invalid value"),
-        ("rams = 1", "rams: no such key; there are kind, ram, cpus, uuid, guest"),
+        ("rams = 1", "rams: no such key; there are kind, ram, cpus, preallocate, uuid, guest"),
         ("kind = 'xen'", "kind: expected auto, kvm, unicorn, found 'xen'"),
         ("kind = 3", "kind: expected text, found 3"),
         ("ram = '1 parsec'", "ram: expected a size such as"),

@@ -158,3 +158,13 @@ def _touch_and_compare(data: st.DataObject) -> None:
         first = min(touched, default=pages) * PAGE
         assert block.next_populated(0) == first
         assert block.next_populated(block.size) == block.size
+
+
+def test_preallocated_block_has_all_of_its_memory() -> None:
+    with GuestMemory() as memory:
+        block = memory.add("ram", 3 << 20)
+        assert not block.populated().any()
+        block.preallocate()
+        assert block.preallocated
+        assert block.populated().all()
+        assert not block.array.any()

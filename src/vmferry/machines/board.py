@@ -103,6 +103,8 @@ class HostedMachine:
 
     def _map_ram(self, host: CpuHost) -> None:
         block = self.memory.add(RAM, self.config.ram)
+        if self.config.preallocate:
+            block.preallocate()
         low = min(block.size, HOLE_START)
         address = block.address
         if self._slots is not None:

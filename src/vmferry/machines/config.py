@@ -5,6 +5,7 @@
     kind = "auto"               # or kvm, unicorn
     ram = "256MiB"
     cpus = 1
+    preallocate = false         # take all of the memory from the beginning
     uuid = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
 
     [guest]                     # what the guest that comes with vmferry does
@@ -79,6 +80,7 @@ class MachineConfig:
     kind: str = "auto"
     ram: int = 256 << 20
     cpus: int = 1
+    preallocate: bool = False
     uuid: UUID | None = None
     guest: GuestConfig = field(default_factory=GuestConfig)
 
@@ -164,6 +166,12 @@ def _text(value: object) -> str:
     return value
 
 
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"expected true or false, found {value!r}")
+    return value
+
+
 def _integer(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise UsageError(f"expected a whole number, found {value!r}")
@@ -198,6 +206,7 @@ _MACHINE: Final[Mapping[str, Convert]] = {
     "kind": _text,
     "ram": _size,
     "cpus": _integer,
+    "preallocate": _flag,
     "uuid": _uuid,
     "guest": _guest,
 }

@@ -22,6 +22,9 @@ from .holes import PAGE_SIZE, next_populated, populated
 _MAX_NAME: Final = 255
 """Bytes of a name: its length is one byte on the wire (QEMU 7.2 ``migration/ram.c``)."""
 
+_POPULATE_WRITE: Final = 23
+"""``MADV_POPULATE_WRITE``, Linux 5.14."""
+
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -34,6 +37,8 @@ class MemoryBlock:
 
     ``shared``: another process that has the memory too can do without its content (QEMU's
     ``x-ignore-shared``).  ``read_only``: the guest cannot write it; the host may.
+
+    ``preallocated``: all of it has memory from the beginning.
 
     Views of the block that somebody holds stay valid when it is closed.
     """
@@ -54,7 +59,17 @@ class MemoryBlock:
         self.view = memoryview(mapping)
         self.address: Final = self.array.ctypes.data
         self._mappings = {self.address: mapping}
+        self.preallocated = False
         self.use_huge_pages(self.address, on=True)
+
+    def preallocate(self) -> None:
+        """Take all of the memory now, so that nobody waits for it later.
+
+        Raises :class:`~vmferry.errors.VmferryError` where the host does not have as much.
+        """
+        with _refusal(self.name, self.size):
+            self._mappings[self.address].madvise(_POPULATE_WRITE)
+        self.preallocated = True
 
     @property
     def pages(self) -> int:

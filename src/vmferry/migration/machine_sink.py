@@ -92,8 +92,11 @@ class MachineSink:
             raise StreamError("no content of a block that both sides share", "a page", block=name)
         block, known = self._blocks[name]
 
+        # Pages that are there already are quicker through the mapping, new ones through the file.
+        fd = -1 if block.preallocated else block.fd
+
         def place(rows: Rows, first: int, data: memoryview) -> int:
-            return apply_records(block.array, rows, first, data, PAGE_SIZE, known, block.fd)
+            return apply_records(block.array, rows, first, data, PAGE_SIZE, known, fd)
 
         try:
             place_rows(place, batch.rows, batch.data, PAGE_SIZE)
