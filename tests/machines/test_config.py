@@ -10,6 +10,7 @@ import pytest
 
 from vmferry.errors import MachineError, StorageError, UsageError
 from vmferry.machines import GuestConfig, MachineConfig, create, read_config
+from vmferry.machines.config import to_toml
 from vmferry.machines.guest.layout import Layout
 
 MIB = 1 << 20
@@ -137,3 +138,20 @@ def test_host_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         create(MachineConfig(kind="unicorn"), serial=lambda _: None)
     with pytest.raises(MachineError, match=r"no /dev/kvm; .*pip install vmferry\[unicorn\]"):
         create(MachineConfig(), serial=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MachineConfig(),
+        MachineConfig(
+            kind="unicorn",
+            ram=64 * MIB,
+            cpus=3,
+            uuid=UUID("1b4e28ba-2fa1-11d2-883f-0016d3cca427"),
+            guest=GuestConfig(working_set=MIB, rate=7, hot=0.1, changed=1 / 3, heartbeat=0.02),
+        ),
+    ],
+)
+def test_what_is_written_is_read_as_it_was(tmp_path: Path, config: MachineConfig) -> None:
+    assert read(tmp_path, to_toml(config)) == config

@@ -11,15 +11,17 @@ A machine is the same whoever hosts it: what was saved on KVM goes on in Unicorn
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Final
 
 from vmferry.errors import MachineError
 
 from .board import HostedMachine
+from .bus import DeviceBus
 from .config import GuestConfig, MachineConfig, read_config
 from .cpu import Bus, CpuHost
 
-__all__ = ["GuestConfig", "HostedMachine", "MachineConfig", "create", "read_config"]
+__all__ = ["GuestConfig", "HostedMachine", "MachineConfig", "create", "read_config", "usable_kind"]
 
 
 def create(config: MachineConfig, *, serial: Callable[[bytes], None]) -> HostedMachine:
@@ -29,21 +31,21 @@ def create(config: MachineConfig, *, serial: Callable[[bytes], None]) -> HostedM
     call the machine.  ``auto`` is KVM where that works, and else Unicorn.  Raises
     :class:`~vmferry.errors.MachineError` where this host cannot run it, with what is missing.
     """
-    return HostedMachine(config, _host(config.kind), serial=serial)
+    kind = usable_kind() if config.kind == "auto" else config.kind
+    return HostedMachine(config, _HOSTS[kind], serial=serial)
 
 
-def _host(kind: str) -> Callable[[Bus], CpuHost]:
-    return {"auto": _auto, "kvm": _kvm, "unicorn": _unicorn}[kind]
-
-
-def _auto(bus: Bus) -> CpuHost:
-    try:
-        return _kvm(bus)
-    except MachineError as kvm:
+def usable_kind() -> str:
+    """What ``auto`` is here; raises :class:`~vmferry.errors.MachineError` where it is nothing."""
+    missing = []
+    for kind, make in _HOSTS.items():
         try:
-            return _unicorn(bus)
-        except MachineError as unicorn:
-            raise MachineError(f"no machine can be run here: {kvm}; {unicorn}") from kvm
+            make(DeviceBus()).close()
+        except MachineError as error:
+            missing.append(str(error))
+        else:
+            return kind
+    raise MachineError(f"no machine can be run here: {'; '.join(missing)}")
 
 
 def _kvm(bus: Bus) -> CpuHost:
@@ -58,3 +60,7 @@ def _unicorn(bus: Bus) -> CpuHost:
     except ImportError as error:
         raise MachineError("Unicorn is not installed (pip install vmferry[unicorn])") from error
     return UnicornHost(bus)
+
+
+_HOSTS: Final[Mapping[str, Callable[[Bus], CpuHost]]] = {"kvm": _kvm, "unicorn": _unicorn}
+"""What hosts each kind, the best first."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -121,6 +121,27 @@ def read_config(path: str | os.PathLike[str]) -> MachineConfig:
         raise UsageError(f"{file}: expected TOML: {error}") from error
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
+
+
+def to_toml(config: MachineConfig) -> str:
+    """A file that :func:`read_config` reads as *config*."""
+    return "\n".join([*_lines(config), "[guest]", *_lines(config.guest), ""])
+
+
+def _lines(part: MachineConfig | GuestConfig) -> Iterator[str]:
+    for member in fields(part):
+        match getattr(part, member.name):
+            case GuestConfig():
+                continue
+            case None if member.name == "rate":
+                value = '"unlimited"'
+            case None:
+                continue
+            case int() | float() as number:
+                value = repr(number)
+            case text:
+                value = f'"{text}"'
+        yield f"{member.name.replace('_', '-')} = {value}"
 
 
 def _machine(values: Mapping[str, Any]) -> MachineConfig:
