@@ -12,8 +12,11 @@ from typing import Any, Final, Self
 from vmferry.errors import MachineError, UsageError
 from vmferry.machines import HostedMachine, MachineConfig, create
 from vmferry.machines.guest.console import Console
+from vmferry.machines.observer import check
 from vmferry.migration.control import Control
 from vmferry.migration.status import Status
+from vmferry.qemu.commands import Command
+from vmferry.qemu.messages import Object
 from vmferry.qemu.monitor import GREETING, machine_commands
 from vmferry.qemu.server import QmpServer
 
@@ -27,6 +30,9 @@ ERROR: Final = "host-error"
 """Why a machine is over, in QEMU's words (``ShutdownCause`` in ``qapi/run-state.json``)."""
 
 IN_DOUBT: Final = "in-doubt"
+
+CHECK: Final = "x-vmferry-check"
+"""The command of the monitor that looks for what is wrong in the memory of a stopped machine."""
 
 _LOOK: Final = 0.1
 """Seconds between two looks at the machine."""
@@ -87,6 +93,7 @@ class Host:
         cleanup.callback(self.control.close)
         if self._monitor is not None:
             commands = machine_commands(self.control, uuid=self._config.uuid)
+            commands[CHECK] = Command(lambda _: self._check())
             self._server = cleanup.enter_context(
                 QmpServer(self._monitor, commands, greeting=GREETING, leave=self._quit)
             )
@@ -141,6 +148,14 @@ class Host:
         return GUEST
 
     # Called by other threads
+
+    def _check(self) -> Object:
+        """What is wrong in the memory of the machine, which has to stand still."""
+        machine = self.machine
+        findings = [] if machine.running else check(machine.memory, self._config)
+        if machine.running:
+            raise UsageError("the machine runs, so that its memory cannot be checked: stop it")
+        return {"findings": [str(finding) for finding in findings]}
 
     def _quit(self) -> None:
         self._reasons.put(QUIT)
