@@ -1,6 +1,6 @@
-"""Save a virtual machine while it runs, look inside, resume it in a new QEMU: its counter goes on.
+"""A running machine moves; a QEMU is saved while it runs, looked into, and resumed in a new one.
 
-Without QEMU the same is done with a recorded stream, as far as that goes.
+Without QEMU the latter is done with a recorded stream, as far as that goes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,35 @@ def main() -> int:
     os.chdir(ROOT)
     shutil.rmtree(SAVED, ignore_errors=True)
     try:
-        find_qemu()
-    except UsageError:
-        say("QEMU is not installed here, so a recorded stream stands in for the running machine.")
-        return recorded()
-    try:
-        return live()
+        moved()
+        saved()
     except (VmferryError, GuestError) as error:
         sys.stderr.write(f"demo: {error}\n")
         return 1
+    return 0
 
 
-def live() -> int:
+def moved() -> None:
+    """A running machine moves from process to process; with a picture of it on a terminal."""
+    say("A running machine moves to another process, and from there to a third one.", "")
+    say("$ vmferry demo")
+    if status := subprocess.call([sys.executable, "-m", "vmferry", "demo"]):
+        raise VmferryError(f"vmferry ended with status {status}")
+
+
+def saved() -> None:
+    """A QEMU, or what was recorded of one, is saved and resumed."""
+    say("", "vmferry and QEMU:", "")
+    try:
+        find_qemu()
+    except UsageError:
+        say("QEMU is not installed here, so a recorded stream stands in for the running machine.")
+        recorded()
+    else:
+        live()
+
+
+def live() -> None:
     """The demonstration with two real QEMUs."""
     with tempfile.TemporaryDirectory(prefix="vmferry-demo-") as scratch:
         kernel, uri = Path(scratch, "guest"), f"unix:{scratch}/migration"
@@ -78,10 +95,9 @@ def live() -> int:
             for _ in range(3):
                 now = serial.wait_beat(after=now)
         say("", f"Its counter went on: {last} before, {now} now, and it found no page changed.")
-    return 0
 
 
-def recorded() -> int:
+def recorded() -> None:
     """The demonstration with a stream recorded from QEMU 7.2."""
     with tempfile.TemporaryDirectory(prefix="vmferry-demo-") as scratch:
         stream = Path(scratch, "recorded")
@@ -92,7 +108,6 @@ def recorded() -> int:
         again = Path(scratch, "again")
         run("send", SAVED, f"file:{again}")
         run("inspect", str(again), head=6)
-    return 0
 
 
 class Vmferry:

@@ -253,3 +253,40 @@ def run_event(value: Any, where: str) -> None:
         obj(_RESULT | {"reason": text})(value, where)
     else:
         event(value, where)
+
+
+_SIDE: dict[str, Check] = {
+    "pid": size,
+    "state": text,
+    "heartbeats": size,
+    "guest_time": optional(seconds),
+}
+_DEMO: dict[str, dict[str, Check]] = {
+    "machine": {"kind": text, "ram": size, "working_set": size, "rate": size},
+    "progress": {
+        "move": size,
+        "moves": size,
+        "rounds": each(size),
+        "sides": each(obj(_SIDE)),
+        "migration": obj(MIGRATION),
+    },
+    "moved": {
+        "move": size,
+        "source": size,
+        "destination": size,
+        "stood_still": seconds,
+        "migration": obj(MIGRATION),
+    },
+    "result": {
+        "ok": flag,
+        "heartbeats": size,
+        "checked": size,
+        "pages": size,
+        "downtimes": each(seconds),
+    },
+}
+
+
+def demo_event(value: Any, where: str) -> None:
+    """A line of ``vmferry demo --json``."""
+    obj({"event": text} | _DEMO[value["event"]])(value, where)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, inspect, migrate, receive, run, schema, send, status
+from . import convert, demo, inspect, migrate, receive, run, schema, send, status
 
 # Without rich: its import alone costs more than all the rest of --help.
 app = typer.Typer(
@@ -46,6 +46,7 @@ for _verb, _module, _help in (
     ("run", run, "Host a machine of vmferry's own."),
     ("migrate", migrate, "Have a running machine migrate, and watch it."),
     ("status", status, "See what a running machine does, and how far its migration is."),
+    ("demo", demo, "Move a running machine between two processes, and prove that it is intact."),
     ("convert", convert, "Make a memory image, a core file or a stream of it."),
 ):
     app.command(_verb, short_help=_help)(_module.command)

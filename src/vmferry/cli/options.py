@@ -73,6 +73,14 @@ Bandwidth = Annotated[
         help="Send at most this much a second over all channels, such as 1GiB or 100MB/s.",
     ),
 ]
+Ram = Annotated[
+    int | None,
+    typer.Option(
+        parser=_read(parse_size),
+        metavar="SIZE",
+        help="The memory of the machine. Default: 256MiB.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Show progress and the result as one JSON object a line.")
 ]
