@@ -241,8 +241,11 @@ def storage_error(where: str | Path, doing: str, error: OSError | int) -> Storag
     return StorageError(f"{where}: cannot be {doing}: {error.strerror or error}{advice}")
 
 
-def printable(name: str | bytes, limit: int = 80) -> str:
-    """A name from the wire as quoted text, escaped and shortened, safe for a terminal or a log."""
+def printable(name: str | bytes, limit: int = 255) -> str:
+    """A name as quoted text, escaped and shortened, safe for a terminal or a log.
+
+    The usual *limit* is the most that a name on the wire has; most paths are whole, too.
+    """
     if isinstance(name, bytes):
         name = name.decode("utf-8", "backslashreplace")
     shown = name if len(name) <= limit else name[: limit - 1] + "…"
