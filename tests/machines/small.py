@@ -63,6 +63,7 @@ class Small:
     block: MemoryBlock
     host: KvmHost
     vcpu: KvmVcpu
+    memory: GuestMemory
 
     def put(self, code: str, at: int = CODE) -> None:
         data = bytes.fromhex(code)
@@ -89,15 +90,21 @@ def wait_until(condition: Callable[[], object]) -> None:
 
 
 @contextmanager
-def small(code: str = "", *, ring: int = 0, size: int = 4 << 20) -> Iterator[Small]:
-    """A machine about to execute *code*, in 64-bit mode; in ring 3 with access to all ports."""
+def small(
+    code: str = "", *, ring: int = 0, size: int = 4 << 20, apart: bool = False
+) -> Iterator[Small]:
+    """A machine about to execute *code*, in 64-bit mode; in ring 3 with access to all ports.
+
+    With *apart* its vCPU has a mapping of the memory for itself.
+    """
     bus = Recorder()
     with GuestMemory() as memory:
         block = memory.add("ram", size)
         host = KvmHost(bus)
         try:
-            host.map(0, block.address, block.size)
-            machine = Small(bus, block, host, host.add_vcpu())
+            address = memory.map_for_vcpus(block) if apart else block.address
+            host.map(0, address, block.size)
+            machine = Small(bus, block, host, host.add_vcpu(), memory)
             _page_tables(block)
             machine.put(code)
             machine.vcpu.write(start(machine.state(), ring))

@@ -13,14 +13,17 @@ from uuid import UUID
 
 import pytest
 
+from tests.migration.relay import Relay
 from tests.qemu.hosts import HELD, PATIENCE, SMALL, Hosts, assert_intact
 from tests.transports.support import background, wait_until
 from vmferry.errors import MachineError, PeerError, TransportError, UsageError, VmferryError
 from vmferry.machines import GuestConfig
 from vmferry.machines.guest.layout import Layout
+from vmferry.migration.takeover import GO
 from vmferry.qemu import Migration
 from vmferry.qemu.hosting import Host
 from vmferry.qemu.writer import KEPT, BackgroundWriter
+from vmferry.wire.commands import Ping
 
 
 @pytest.fixture
@@ -56,6 +59,25 @@ def test_states_are_told_from_start_to_end(hosts: Hosts) -> None:
         "reason": "host-signal",
     }
     assert_intact(destination)
+
+
+def test_doubt_is_told_and_an_operator_decides(hosts: Hosts) -> None:
+    source, here = hosts.start()
+    destination, there = hosts.start(incoming=hosts.uri())
+    states: tuple[list[str], list[str]] = ([], [])
+    background(lambda: source.wait(states[0].append))
+    background(lambda: destination.wait(states[1].append))
+    with Relay(hosts.uri(), str(destination.address), trigger=Ping(GO).encode()) as relay:
+        migration = Migration(here)
+        migration.begin(relay.address, parameters={"downtime-limit": "1s"})
+        with pytest.raises(PeerError, match=r"failed: .*; the source is postmigrate"):
+            migration.wait()
+    wait_until(lambda: states[0][-1] == states[1][-1] == "in-doubt")
+    there.execute("cont")
+    wait_until(lambda: states[1][-1] == "running")
+    assert_intact(destination)
+    source.cancel()
+    destination.cancel()
 
 
 def test_machine_that_does_not_come_is_an_error(hosts: Hosts) -> None:
