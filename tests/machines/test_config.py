@@ -148,6 +148,7 @@ def test_host_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             kind="unicorn",
             ram=64 * MIB,
             cpus=3,
+            preallocate=True,
             uuid=UUID("1b4e28ba-2fa1-11d2-883f-0016d3cca427"),
             guest=GuestConfig(working_set=MIB, rate=7, hot=0.1, changed=1 / 3, heartbeat=0.02),
         ),

@@ -137,6 +137,8 @@ def _lines(part: MachineConfig | GuestConfig) -> Iterator[str]:
                 value = '"unlimited"'
             case None:
                 continue
+            case bool() as flag:
+                value = str(flag).lower()
             case int() | float() as number:
                 value = repr(number)
             case text:
