@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 KERNELS := $(wildcard $(addprefix src/vmferry/pages/_compiled/,*.pyx *.pxd))
 
-.PHONY: demo test lint bench qemu
+.PHONY: demo test lint bench soak qemu
 
 demo: $(READY) qemu
 	$(BIN)/python -m demo
@@ -21,6 +21,9 @@ lint: $(READY)
 
 bench: $(READY) qemu
 	$(BIN)/python -m bench $(ARGS)
+
+soak: $(READY)
+	$(BIN)/python -m tests.soak
 
 qemu:
 	@scripts/setup qemu

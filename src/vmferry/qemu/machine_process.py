@@ -7,6 +7,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -29,17 +30,24 @@ class MachineProcess:
     """The machine of *config* in a process of its own, inside a ``with`` block.
 
     The guest starts at once; with *incoming*, a URI or ``defer``, it is one that is migrated to
-    there.  *timeout* (seconds) bounds the start and each command of the monitor.
+    there.  *timeout* (seconds) bounds the start and each command of the monitor.  *pass_fds* are
+    inherited under their numbers.
 
     Inside the block: ``console``, what the guest says; and ``said``, all of that as it came.
     """
 
     def __init__(
-        self, config: MachineConfig, *, incoming: str | None = None, timeout: float = 30.0
+        self,
+        config: MachineConfig,
+        *,
+        incoming: str | None = None,
+        timeout: float = 30.0,
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self._config = config
         self._incoming = [] if incoming is None else ["--incoming", incoming]
         self._timeout = timeout
+        self._pass_fds = tuple(pass_fds)
         self._cleanup = ExitStack()
         self.console = Console()
         self.said = bytearray()
@@ -105,6 +113,7 @@ class MachineProcess:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._errors,
+            pass_fds=self._pass_fds,
             start_new_session=True,  # ctrl-C is for whoever started it
         )
         self._listener = threading.Thread(target=self._listen, name="serial", daemon=True)

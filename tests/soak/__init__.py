@@ -1,0 +1,1 @@
+"""A guest moves again and again, in every way there is, and must never find anything wrong."""

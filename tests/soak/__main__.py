@@ -1,0 +1,64 @@
+"""``make soak``: 200 moves on KVM where there is one, and 200 on the Unicorn emulator.
+
+``SOAK_MOVES`` is another number, ``SOAK_KINDS`` other kinds of machines (``auto unicorn mixed``),
+``SOAK_SEED`` makes the same choices again.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+from tests.soak.journey import Journey
+
+_LEAST, _MOST = 5, 25
+"""Moves of one guest."""
+
+
+def main() -> int:
+    """Run it all; the exit status is 0 if nothing was found."""
+    seed = os.environ.get("SOAK_SEED") or secrets.token_hex(4)
+    moves = int(os.environ.get("SOAK_MOVES") or 200)
+    for kind in (os.environ.get("SOAK_KINDS") or "auto unicorn").split():
+        print(f"SOAK_SEED={seed} SOAK_MOVES={moves} SOAK_KINDS={kind}", flush=True)
+        began = time.monotonic()
+        found = soak(seed, moves, kind)
+        told = ", ".join(f"{count} {status}" for status, count in sorted(found.items()))
+        print(f"{kind}: {told}, nothing wrong, in {time.monotonic() - began:.0f} s", flush=True)
+    return 0
+
+
+def soak(seed: str, moves: int, kind: str) -> Counter[str]:
+    """Move guests until *moves* have arrived; how many attempts ended how."""
+    found: Counter[str] = Counter()
+    journey = arrived = 0
+    while arrived < moves:
+        journey += 1
+        rng = Random(f"{seed} {kind} {journey}")
+        goal = min(arrived + rng.randint(_LEAST, _MOST), moves)
+        with tempfile.TemporaryDirectory(prefix="vmferry-soak-") as directory:
+            arrived = _travel(Journey(rng, kind, Path(directory)), found, arrived, goal)
+    return found
+
+
+def _travel(journey: Journey, found: Counter[str], arrived: int, goal: int) -> int:
+    print(f"  {journey.config}", flush=True)
+    with journey:
+        for move in journey.moves():
+            found[move.status] += 1
+            arrived += move.has_arrived
+            print(f"  {arrived:4} {move}", flush=True)
+            if arrived == goal:
+                break
+        print(f"       {journey.finish()} heartbeats in one row", flush=True)
+    return arrived
+
+
+if __name__ == "__main__":
+    sys.exit(main())
