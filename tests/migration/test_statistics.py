@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guests import walker
+from guests import Serial, walker
 from tests.migration.peers import SHUT, Peer, unanswered
 from tests.migration.races import at_once
 from vmferry.migration.capabilities import Capability
@@ -339,6 +339,7 @@ def test_throttled(start_qemu: Callable[..., QemuProcess], tmp_path: Path) -> No
     kernel.write_bytes(walker(pages=1024, hot=1024))
     machine = ("-machine", "pc", "-accel", "tcg", "-nodefaults", "-m", "16")
     vm = start_qemu(*machine, "-kernel", str(kernel))
+    Serial(vm.serial).wait_ready(60.0)  # before that it writes nothing
     steps = {"cpu-throttle-initial": 15, "cpu-throttle-increment": 25, "max-cpu-throttle": 60}
     parameters = changed(Parameters(), steps | {"throttle-trigger-threshold": 1})
     throttling, fast = Throttling(), Period(sent=1 << 20, dirtied=1 << 20, seconds=1.5)
