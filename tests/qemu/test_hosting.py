@@ -80,6 +80,23 @@ def test_doubt_is_told_and_an_operator_decides(hosts: Hosts) -> None:
     destination.cancel()
 
 
+def test_machine_that_came_stays_when_its_next_migration_fails(hosts: Hosts) -> None:
+    _source, here = hosts.start()
+    destination, there = hosts.start(incoming=hosts.uri())
+    waiting = background(destination.wait)
+    first = Migration(here)
+    first.begin(str(destination.address), parameters={"downtime-limit": "1s"})
+    first.wait()
+    second = Migration(there)
+    second.begin(hosts.uri())  # where nobody listens
+    with pytest.raises(PeerError, match="failed"):
+        second.wait()
+    for _ in range(20):  # for longer than it takes to look at the machine
+        destination.console.wait_beat(PATIENCE)
+    there.execute("quit")
+    assert waiting.result(PATIENCE) == "host-qmp-quit"
+
+
 def test_machine_that_does_not_come_is_an_error(hosts: Hosts) -> None:
     destination, there = hosts.start(incoming=hosts.uri())
     waiting = background(destination.wait)

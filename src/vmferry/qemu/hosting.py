@@ -13,7 +13,7 @@ from vmferry.errors import MachineError, UsageError
 from vmferry.machines import HostedMachine, MachineConfig, create
 from vmferry.machines.guest.console import Console
 from vmferry.machines.observer import check
-from vmferry.migration.control import Control
+from vmferry.migration.control import Control, RunState
 from vmferry.migration.status import Status
 from vmferry.qemu.commands import Command
 from vmferry.qemu.messages import Object
@@ -137,7 +137,8 @@ class Host:
         except Empty:
             pass
         control = self.control
-        if self._incoming is not None and control.status is Status.FAILED and not control.in_doubt:
+        is_awaited = control.run_state is RunState.INMIGRATE
+        if is_awaited and control.status is Status.FAILED and not control.in_doubt:
             raise control.error or MachineError("the machine did not come")
         status = self.machine.wait(0)
         if status is None:
