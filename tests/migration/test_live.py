@@ -118,6 +118,25 @@ def test_running_machine_moves(lab: Lab, uri: str, parameters: dict[str, object]
     assert ("destination", "RESUME", {}) in lab.events
 
 
+@pytest.mark.parametrize("method", ["zlib", "zstd"])
+def test_level_of_compression_counts(lab: Lab, method: str) -> None:
+    sent = []
+    for level in (0, 9) if method == "zlib" else (1, 19):
+        there, here = PythonMachine(), PythonMachine()
+        source, destination = lab.side("source", here), lab.side("destination", there)
+        text = b"".join(b"%d bottles of beer " % number for number in range(130_000))
+        here.ram.view[:] = text[: here.ram.size]
+        source.set_capabilities({"multifd": True})
+        source.set_parameters({"multifd-compression": method, f"multifd-{method}-level": level})
+        source.set_parameters({"multifd-channels": 1})
+        source.migrate(destination.incoming(lab.uri(name=str(level))))
+        assert source.wait(LONG) == Status.COMPLETED, source.query()
+        assert destination.wait(LONG) == Status.COMPLETED
+        assert bytes(there.ram.view) == text[: here.ram.size]
+        sent.append(source.query()["ram"]["transferred"])
+    assert sent[0] > sent[1]
+
+
 @pytest.mark.parametrize("options", [{"log": "shadow"}, {"shared": True}])
 @pytest.mark.parametrize("capability", ["multifd", "xbzrle", "events"])
 def test_machine_moves_by_any_log_and_with_shared_memory(

@@ -124,10 +124,13 @@ class LiveSource:
     def _options(self, capabilities: frozenset[Capability]) -> SendOptions:
         now = self._parameters()
         multifd = Capability.MULTIFD in capabilities
+        method = now.multifd_compression.method if multifd else Method.NONE
+        levels = {Method.ZLIB: now.multifd_zlib_level, Method.ZSTD: now.multifd_zstd_level}
         return SendOptions(
             multifd=now.multifd_channels if multifd else 0,
             return_path=Capability.RETURN_PATH in capabilities,
-            method=now.multifd_compression.method if multifd else Method.NONE,
+            method=method,
+            level=levels.get(method, 0),
             bandwidth=now.max_bandwidth or None,
             idle=now.idle_deadline or None,
             answer=now.answer_deadline or None,

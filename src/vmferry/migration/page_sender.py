@@ -26,8 +26,8 @@ from vmferry.wire.ram import RamBlock
 from .outgoing import PageStore
 from .progress import Meter
 
-_COMPRESSORS: Final[Mapping[Method, Callable[[], Compressor]]] = {
-    Method.NONE: Plain,
+_COMPRESSORS: Final[Mapping[Method, Callable[[int], Compressor]]] = {
+    Method.NONE: lambda _level: Plain(),
     Method.ZLIB: Deflate,
     Method.ZSTD: ZstdPack,
 }
@@ -60,6 +60,7 @@ class PageSender:
         *,
         page_size: int,
         method: Method,
+        level: int,
         uuid: UUID,
         meter: Meter,
         idle: float | None,
@@ -79,7 +80,7 @@ class PageSender:
         with ExitStack() as undo:
             undo.callback(self.close)
             for channel in channels:
-                work = (channel, _COMPRESSORS[method]())
+                work = (channel, _COMPRESSORS[method](level))
                 thread = threading.Thread(target=self._run, args=work, daemon=True)
                 thread.name = channel.name
                 thread.start()

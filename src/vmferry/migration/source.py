@@ -64,7 +64,7 @@ _NOBODY: Final = UUID(int=0)
 
 @dataclass(frozen=True, slots=True)
 class SendOptions:
-    """How to send: ``multifd`` channels (0 for none) and their compression, and the limits.
+    """How to send: ``multifd`` channels (0 for none), their compression, and the limits.
 
     ``return_path`` is whether to ask for the destination's word, where the transport can carry it.
     ``bandwidth`` in bytes per second over all channels, ``None`` without limit.  ``idle`` is how
@@ -74,6 +74,7 @@ class SendOptions:
 
     multifd: int = 0
     method: Method = Method.NONE
+    level: int = 1
     return_path: bool = True
     bandwidth: float | None = None
     idle: float | None = 60.0
@@ -269,6 +270,7 @@ class Source:
             [self._open(cleanup) for _ in range(self._options.multifd)],
             page_size=self._machine.page_size,
             method=self._options.method,
+            level=self._options.level,
             uuid=(configuration.uuid if configuration else None) or _NOBODY,
             meter=self._meter,
             idle=self._options.idle,

@@ -144,7 +144,7 @@ class ZstdExpand:
 
 
 class ZstdPack:
-    """zstd, sending; *level* from 1 to 20."""
+    """zstd, sending; *level* from 1 to 20, or 0 for its own choice."""
 
     def __init__(self, level: int = 1) -> None:
         self._stream = zstandard.ZstdCompressor(level=level).compressobj()
