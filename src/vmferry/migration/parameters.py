@@ -167,7 +167,6 @@ class Parameters:
     * ``idle_deadline``: while the other side has something to send, or to take, and does nothing.
     * ``answer_deadline``: for each word of the handover.
     * ``continue_deadline``: at ``pre-switchover``, until somebody says to go on.
-    * ``stop_deadline``: until the machine stands still.
     """
 
     max_bandwidth: Annotated[int, _Whole(0, _U64, "bytes per second")] = 128 << 20
@@ -196,7 +195,6 @@ class Parameters:
     idle_deadline: Annotated[float, _Seconds(), _OWN] = 60.0
     answer_deadline: Annotated[float, _Seconds(), _OWN] = 60.0
     continue_deadline: Annotated[float, _Seconds(), _OWN] = 300.0
-    stop_deadline: Annotated[float, _Seconds(), _OWN] = 10.0
 
     def __post_init__(self) -> None:
         for name, (attribute, rule) in _KNOWN.items():
