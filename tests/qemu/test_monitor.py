@@ -17,6 +17,7 @@ from guests import Serial, walker
 from tests.qemu.hosts import HELD, PATIENCE, Hosts, assert_intact
 from tests.transports.support import wait_until
 from vmferry.qemu import Migration, MigrationCancelled, QemuProcess, Qmp, QmpError, query_machine
+from vmferry.qemu.hosting import CHECK
 
 Start = Callable[..., QemuProcess]
 
@@ -113,7 +114,7 @@ def test_questions_have_the_answers_of_qemu(start_qemu: Start, hosts: Hosts) -> 
         (expected,) = shape(qemu.execute(command))  # type: ignore[misc]
         assert all(shape(entry) == expected for entry in ours.execute(command))
     known = {entry["name"] for entry in qemu.execute("query-commands")}
-    assert {entry["name"] for entry in ours.execute("query-commands")} <= known
+    assert {entry["name"] for entry in ours.execute("query-commands")} <= known | {CHECK}
     parameters = qemu.execute("query-migrate-parameters")
     for name, value in ours.execute("query-migrate-parameters").items():
         own = name.startswith("x-vmferry-") or name == "avail-switchover-bandwidth"  # since 8.2
