@@ -1,4 +1,4 @@
-"""docs/tutorial.md: its blocks run in order, and print what stands below them.
+"""docs/tutorial.md, docs/migration.md: their blocks run in order, and print what stands below them.
 
 ``VMFERRY_UPDATE=1`` writes what they print now into the page.
 """
@@ -21,7 +21,7 @@ import pytest
 
 from tests.cli.command import environment
 
-PAGE = Path(__file__).parent.parent / "docs" / "tutorial.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\w+)\.py\n")
@@ -30,7 +30,8 @@ FILE = re.compile(r"# (\w+)\.py\n")
 class Session:
     """A reader who enters the page, block by block, in an empty directory."""
 
-    def __init__(self, module: ModuleType) -> None:
+    def __init__(self, page: Path, module: ModuleType) -> None:
+        self.page = page
         self.names = module.__dict__
         self.printed = ""
 
@@ -64,7 +65,7 @@ class Session:
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             try:
-                exec(compile(code, PAGE.name, "exec"), self.names)  # noqa: S102 - our own page
+                exec(compile(code, self.page.name, "exec"), self.names)  # noqa: S102 - our own page
             except Exception as error:  # noqa: BLE001 - shown, and compared
                 output.writelines(traceback.format_exception_only(error))
         return output.getvalue()
@@ -87,17 +88,21 @@ class Session:
         return line + done.stdout
 
 
-def test_tutorial_shows_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["tutorial", "migration"])
+def test_page_shows_what_happens(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    module = ModuleType("tutorial")
-    for name in ("tutorial", "timer", "test_timer", "board"):
-        monkeypatch.setitem(sys.modules, name, module)  # so that it is gone again afterwards
-    page = PAGE.read_text()
-    session = Session(module)
-    shown = BLOCK.sub(session.enter, page)
+    module = ModuleType(name)
+    for taken in (name, "timer", "test_timer", "board", "counter"):
+        monkeypatch.setitem(sys.modules, taken, module)  # so that it is gone again afterwards
+    page = DOCS / f"{name}.md"
+    text = page.read_text()
+    session = Session(page, module)
+    shown = BLOCK.sub(session.enter, text)
     assert not session.printed
     if os.environ.get("VMFERRY_UPDATE"):
-        PAGE.write_text(shown)
-    assert shown == PAGE.read_text()
+        page.write_text(shown)
+    assert shown == page.read_text()
