@@ -32,7 +32,7 @@ class Relay:
         self._spawn(self._accept)
 
     def cut(self) -> None:
-        """Break every connection."""
+        """Break every connection, and those that are still on their way."""
         self.has_cut.set()
         for end in self._ends:
             end.shutdown()
@@ -63,6 +63,8 @@ class Relay:
             while (one := self._listener.accept()) is not None:
                 two = connect(self._target)
                 self._ends += [one, two]
+                if self.has_cut.is_set():
+                    self.cut()
                 self._spawn(lambda one=one, two=two: self._pump(one, two))  # type: ignore[misc]
                 self._spawn(lambda one=one, two=two: self._pump(two, one))  # type: ignore[misc]
 

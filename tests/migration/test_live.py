@@ -39,12 +39,19 @@ class Lab:
         self._stack = stack
         self._path = path
         self.events: list[tuple[str, str, object]] = []
+        self._listeners: dict[tuple[str, str], Callable[[], object]] = {}
+
+    def heard(self, name: str, event: str, listener: Callable[[], object]) -> None:
+        """Call *listener* the first time that this side tells of the event, in the midst of it."""
+        self._listeners[name, event] = listener
+
+    def _note(self, name: str, event: str, data: object) -> None:
+        self.events.append((name, event, data))
+        self._listeners.pop((name, event), lambda: None)()
 
     def side(self, name: str, machine: PythonMachine) -> Control:
         self._stack.enter_context(machine)
-        control = Control(
-            machine, notify=lambda event, data: self.events.append((name, event, data))
-        )
+        control = Control(machine, notify=lambda event, data: self._note(name, event, data))
         self._stack.callback(control.close)
         control.set_parameters({"max-bandwidth": 0})
         return control
@@ -436,6 +443,71 @@ def test_cancelled_while_memory_goes_it_runs_on_and_can_go_again(lab: Lab) -> No
     assert source.wait(LONG) == Status.COMPLETED
     assert another.wait(LONG) == Status.COMPLETED
     runs_on(another)
+
+
+# Two who stop the machine and let it run
+
+
+def test_machine_that_was_stopped_behind_a_cancel_stays_so(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    source.set_capabilities({"pause-before-switchover": True})
+    source.migrate(address)
+    wait_until(lambda: source.query()["status"] == "pre-switchover")
+    lab.heard("source", "RESUME", source.stop)
+    source.cancel()
+    assert source.wait(LONG) == Status.CANCELLED
+    assert source.run_state == RunState.PAUSED
+    source.cont()
+    runs_on(source)
+
+
+class LateMachine(PythonMachine):
+    """Is let run late: as the migration stops it, if that does not wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.starting, self.stopping = threading.Event(), threading.Event()
+
+    def pause(self) -> None:
+        super().pause()
+        self.stopping.set()
+
+    def resume(self) -> None:
+        self.starting.set()
+        self.stopping.wait(0.5)
+        super().resume()
+
+
+def test_machine_that_is_let_run_at_the_switchover_runs_on_one_side(lab: Lab) -> None:
+    source = lab.side("source", late := LateMachine())
+    late.fill()
+    destination = lab.side("destination", PythonMachine())
+
+    def cont() -> None:
+        background(source.cont)
+        assert late.starting.wait(LONG)
+
+    lab.heard("source", "MIGRATION_PASS", cont)
+    source.set_capabilities({"events": True})
+    source.migrate(destination.incoming(lab.uri()))
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert destination.wait(LONG) == Status.COMPLETED
+    assert not late.running
+
+
+def test_whoever_is_told_of_a_status_may_ask_while_another_cancels(lab: Lab) -> None:
+    source, _, address = lab.pair()
+
+    def ask() -> None:
+        background(source.cancel)
+        time.sleep(0.1)  # for the cancel to wait for what is held here
+        source.query()
+
+    # The first tells of setup, in the thread that begins.
+    lab.heard("source", "MIGRATION", lambda: lab.heard("source", "MIGRATION", ask))
+    source.set_capabilities({"events": True})
+    source.migrate(address)
+    assert source.wait(LONG) in {Status.CANCELLED, Status.COMPLETED}
 
 
 # Words that are lost

@@ -28,10 +28,11 @@ from .machine_sink import MachineSink
 from .parameters import Parameters
 from .progress import Meter, Progress
 from .statistics import Statistics, query_incoming
-from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack
+from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack, Table
 
 Notify: TypeAlias = Callable[[str, dict[str, Any]], None]
-"""Told the name and the data of each QMP event, by any thread."""
+"""Told the name and the data of each QMP event, by any thread; may ask a :class:`Control`, and has to
+be quick."""
 
 
 class RunState(StrEnum):
@@ -62,7 +63,7 @@ class Control:
         self._lock = threading.RLock()
         self.capabilities: frozenset[Capability] = frozenset({Capability.RETURN_PATH})
         self.parameters = Parameters()
-        self._track = StatusTrack(SOURCE, self._status_changed)
+        self._track = self._new_track(SOURCE)
         self._source: LiveSource | None = None
         self._destination: Destination | None = None
         self._listener: Listener | None = None
@@ -88,9 +89,8 @@ class Control:
         """``migrate-set-parameters``; they count at once, also while a migration is under way."""
         with self._lock:
             self.parameters = params.changed(self.parameters, changes)
-            source = self._source
-        if source is not None:
-            source.parameters_changed()
+            if self._source is not None:
+                self._source.parameters_changed()
 
     # The machine
 
@@ -143,9 +143,9 @@ class Control:
             if self._destination is not None and self.in_doubt:
                 return self._destination.decide(take=True)
             self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
-            self._given_away = False
             was_running = self.machine.running
             self.machine.resume()
+            self._given_away = False
         if not was_running:
             self._tell(Resumed())
         return None
@@ -166,7 +166,7 @@ class Control:
                 raise UsageError("the machine has not come yet: it is not here to be migrated")
             if self._given_away:
                 raise UsageError("the machine was given away: it is not here to be migrated")
-            track = StatusTrack(SOURCE, self._status_changed)
+            track = self._new_track(SOURCE)
             statistics = Statistics(self._note)
             source = LiveSource(
                 self.machine,
@@ -176,6 +176,7 @@ class Control:
                 track=track,
                 statistics=statistics,
                 tell=self._tell,
+                lock=self._lock,
             )
             self._source, self._statistics, self._destination = source, statistics, None
             self._begin(track, lambda: self._run_source(source))
@@ -201,7 +202,7 @@ class Control:
                 taken=lambda: self._taken(sink),
                 loader=sink,
             )
-            track = StatusTrack(DESTINATION, self._status_changed)
+            track = self._new_track(DESTINATION)
             self._destination, self._awaited = destination, True
             self._address = listener.address
             self._begin(track, lambda: self._run_destination(listener, destination))
@@ -272,10 +273,13 @@ class Control:
 
     # In the thread of a migration
 
+    def _new_track(self, table: Table) -> StatusTrack:
+        return StatusTrack(table, self._status_changed, lock=self._lock)
+
     def _begin(self, track: StatusTrack, run: Callable[[], None]) -> None:
-        track.move(Status.SETUP)
         self._track, self._error, self._stall = track, None, ""
         self._progress = Progress("setup")
+        track.move(Status.SETUP)
         self._thread = threading.Thread(target=run, name="migration", daemon=True)
         self._thread.start()
 
@@ -300,10 +304,11 @@ class Control:
 
     def _taken(self, sink: MachineSink) -> None:
         """The machine is this side's."""
-        self._awaited = False
-        if sink.runs:
-            self.machine.resume()
-            self._tell(Resumed())
+        with self._lock:
+            self._awaited = False
+            if sink.runs:
+                self.machine.resume()
+                self._tell(Resumed())
 
     def _end(self, status: Status, error: Exception | None = None) -> None:
         if self._track.current == Status.CANCELLING:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
 from vmferry.errors import ChannelClosed, PeerSilent, UsageError, VmferryError
@@ -44,7 +44,8 @@ class LiveSource:
 
     *parameters* is asked whenever one counts, so they may change meanwhile.  *track* is moved from
     ``setup`` to where the machine can be given away; its end is the caller's to say.  *tell* is
-    told what happens besides.
+    told what happens besides.  *lock*, a reentrant one, is held by whoever stops the machine or
+    lets it run.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class LiveSource:
         track: StatusTrack,
         statistics: Statistics,
         tell: Callable[[Event], None],
+        lock: AbstractContextManager[object],
     ) -> None:
         machine.registry.check_migratable()
         self._machine = machine
         self._parameters = parameters
         self._tell = tell
+        self._lock = lock
         self._capabilities = capabilities
         self._pauses = Capability.PAUSE_BEFORE_SWITCHOVER in capabilities
         self._ignores_shared = Capability.IGNORE_SHARED in capabilities
@@ -82,6 +85,7 @@ class LiveSource:
         )
         self._proceed = threading.Event()
         self.has_stopped = False
+        """Whether the migration keeps the machine from running."""
 
     def run(self) -> Status:
         """Move the machine, or raise with the machine running as before.
@@ -118,8 +122,9 @@ class LiveSource:
 
     def parameters_changed(self) -> None:
         """Heed parameters that were changed."""
-        if not self.has_stopped:
-            self._source.limit.rate = self._parameters().max_bandwidth or None
+        with self._lock:
+            if not self.has_stopped:
+                self._source.limit.rate = self._parameters().max_bandwidth or None
 
     def _options(self, capabilities: frozenset[Capability]) -> SendOptions:
         now = self._parameters()
@@ -137,11 +142,14 @@ class LiveSource:
         )
 
     def _take_back(self) -> None:
-        """Let the machine run again where the migration has stopped it."""
-        stopped = self.has_stopped and self._outgoing.was_running and not self._machine.running
-        if self._source.handover.may_run and stopped:
-            self._machine.resume()
-            self._tell(Resumed())
+        """Let the machine run again where the migration has stopped it; only once."""
+        with self._lock:
+            if not self.has_stopped or not self._source.handover.may_run:
+                return
+            self.has_stopped = False
+            if self._outgoing.was_running:
+                self._machine.resume()
+                self._tell(Resumed())
 
     # What the memory passes ask for
 
@@ -196,20 +204,21 @@ class LiveSource:
 
     def stop(self) -> None:
         """See :class:`~.precopy.Lead`."""
-        # Somebody may have paused it meanwhile.
-        self._outgoing.was_running = self._machine.running
-        self.has_stopped = True
-        self._statistics.stopped()
-        self._machine.pause()
-        if self._outgoing.was_running:
-            self._tell(Stopped())
+        with self._lock:
+            if self._source.handover.hear(Word.STOP) is None:
+                raise ChannelClosed("the migration was cancelled on this side")
+            # Somebody may have paused it meanwhile.
+            self._outgoing.was_running = self._machine.running
+            self.has_stopped = True
+            # The limit is for the time when the machine runs.
+            self._source.limit.rate = None
+            self._statistics.stopped()
+            self._machine.pause()
+            if self._outgoing.was_running:
+                self._tell(Stopped())
         reach("stopped")
         if self._machine.memory.blocks != self._blocks:
             raise UsageError("memory was added to the machine while it was being moved: try again")
-        if self._source.handover.hear(Word.STOP) is None:
-            raise ChannelClosed("the migration was cancelled on this side")
-        # The limit is for the time when the machine runs.
-        self._source.limit.rate = None
         if self._pauses:
             self._track.move(Status.PRE_SWITCHOVER)
             self._await_proceed()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from enum import StrEnum
 from typing import Final
 
@@ -92,13 +93,20 @@ class StatusTrack:
     """The status of one side, changed by any thread along *table* and in no other way.
 
     *listener* is told every new status, in order.  It is called by the thread that changed it, with
-    the track locked: it may ask for :attr:`current`, and has to be quick.
+    the track locked: it may ask for :attr:`current`, and has to be quick.  *lock*, a reentrant one,
+    is for a listener that needs another lock as well: with that one there is only one.
     """
 
-    def __init__(self, table: Table, listener: Callable[[Status], None] | None = None) -> None:
+    def __init__(
+        self,
+        table: Table,
+        listener: Callable[[Status], None] | None = None,
+        *,
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
         self._table = table
         self._listener = listener
-        self._lock = threading.RLock()
+        self._lock = lock or threading.RLock()
         self._current = Status.NONE
 
     @property
