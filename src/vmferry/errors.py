@@ -13,6 +13,7 @@
     │   ├── ChannelClosed           this side shut the channel down while it was in use
     │   └── PeerSilent              the other side said nothing for as long as it was given
     ├── PeerError               4   the other side refused, failed, or broke the order
+    │   ├── Refused                 the destination has said that it does not have the machine
     │   └── InDoubt                 it cannot be known which side has the machine
     ├── MachineError            1   a machine that vmferry hosts cannot go on
     └── StorageError            5   a file, a disk image or a checkpoint directory
@@ -192,6 +193,10 @@ class PeerError(VmferryError):
     """The other side of the migration refused, failed, or broke the order of things."""
 
     exit_status = 4
+
+
+class Refused(PeerError):
+    """The destination has said that it failed, and does not have the machine."""
 
 
 class InDoubt(PeerError):

@@ -18,13 +18,19 @@ from tests.migration.relay import Relay
 from tests.transports.support import background, wait_until
 from tests.vmstate.analyze import ANALYZE, VARIABLE, analyze, find_script
 from vmferry import UsageError
+from vmferry.errors import PeerSilent
+from vmferry.migration.answers import Answers
 from vmferry.migration.control import Control, RunState
 from vmferry.migration.events import DowntimeRaised, Stalled
+from vmferry.migration.identity import Identity
+from vmferry.migration.machine_sink import MachineSink
 from vmferry.migration.status import Status
 from vmferry.migration.takeover import GO, READY
+from vmferry.migration.verdict import Verdict
+from vmferry.transports import RateLimit
 from vmferry.vmstate import U8, device
 from vmferry.wire.commands import Ping
-from vmferry.wire.return_path import Pong, Shut
+from vmferry.wire.return_path import Pong, RequestPages, Shut
 
 SCRIPT = find_script()
 
@@ -449,7 +455,7 @@ def test_cancelled_while_memory_goes_it_runs_on_and_can_go_again(lab: Lab) -> No
 
 
 def test_machine_that_was_stopped_behind_a_cancel_stays_so(lab: Lab) -> None:
-    source, destination, address = lab.pair()
+    source, _, address = lab.pair()
     source.set_capabilities({"pause-before-switchover": True})
     source.migrate(address)
     wait_until(lambda: source.query()["status"] == "pre-switchover")
@@ -558,6 +564,96 @@ def test_go_that_is_lost_and_the_machine_goes_back(lab: Lab) -> None:
     assert destination.wait(LONG) == Status.FAILED
     source.cont()
     runs_on(source)
+
+
+def test_first_word_of_an_operator_counts(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    relay = lab.relay(address, trigger=GO_WORD)
+    source.migrate(relay.address)
+    assert source.wait(LONG) == Status.FAILED
+    wait_until(lambda: destination.in_doubt)
+    destination.cont()
+    destination.cancel_incoming()
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_destination_that_is_told_to_give_up_as_it_loads_does(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination, address = lab.pair()
+
+    def commit(sink: MachineSink, features: frozenset[str], *, footers: bool) -> None:
+        destination.cancel_incoming()
+        load(sink, features, footers=footers)
+
+    load = MachineSink.commit
+    monkeypatch.setattr(MachineSink, "commit", commit)
+    source.migrate(address)
+    assert destination.wait(LONG) == Status.FAILED
+    assert source.wait(LONG) == Status.FAILED
+    assert "cancelled on this side" in source.query()["error-desc"]
+    runs_on(source)
+
+
+def test_cancel_at_the_end_of_the_stream_is_heard_or_too_late(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A destination that nobody asks takes the machine with the end of the stream."""
+    source, destination, address = lab.pair()
+    source.set_capabilities({"return-path": False})
+    cancelling, over = threading.Event(), threading.Event()
+
+    def reach(point: str) -> None:
+        if point == "devices-sent":
+            background(source.cancel)
+            assert cancelling.wait(LONG)
+
+    def shutdown(_limit: RateLimit) -> None:
+        cancelling.set()
+        assert over.wait(LONG)
+
+    monkeypatch.setattr("vmferry.migration.source.reach", reach)
+    monkeypatch.setattr(RateLimit, "shutdown", shutdown)
+    source.migrate(address)
+    assert destination.wait(LONG) == Status.FAILED
+    over.set()
+    assert source.wait(LONG) == Status.CANCELLED
+    runs_on(source)
+
+
+def test_answer_that_makes_no_sense_behind_go_is_no_refusal(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination, address = lab.pair()
+    monkeypatch.setattr(Answers, "confirm", lambda answers: answers.say(RequestPages(0, 4096)))
+    source.migrate(address)
+    assert destination.wait(LONG) == Status.COMPLETED
+    assert source.wait(LONG) == Status.FAILED
+    assert source.in_doubt
+    assert not source.machine.running
+
+
+def test_destination_that_dies_late_had_the_machine_if_it_said_so(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers when the source has given up waiting, runs the machine, and dies."""
+    source, destination, address = lab.pair()
+    await_success = Verdict.await_success
+
+    def silence(_verdict: Verdict, _patience: float | None) -> None:
+        monkeypatch.setattr(Verdict, "await_success", await_success)
+        raise PeerSilent("no answer")
+
+    def die(_identity: Identity, _seconds: float) -> bool:
+        assert destination.wait(LONG) == Status.COMPLETED
+        return True
+
+    monkeypatch.setattr(Verdict, "await_success", silence)
+    monkeypatch.setattr(Identity, "dies_within", die)
+    source.migrate(address)
+    assert source.wait(LONG) == Status.COMPLETED
+    assert not source.machine.running
 
 
 def test_last_word_that_is_lost_leaves_the_machine_at_the_destination(lab: Lab) -> None:

@@ -31,8 +31,8 @@ from .statistics import Statistics, query_incoming
 from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack, Table
 
 Notify: TypeAlias = Callable[[str, dict[str, Any]], None]
-"""Told the name and the data of each QMP event, by any thread; may ask a :class:`Control`, and has to
-be quick."""
+"""Told the name and the data of each QMP event, by any thread.  It may call a :class:`Control`, and
+has to be quick."""
 
 
 class RunState(StrEnum):

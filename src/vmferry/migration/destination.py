@@ -111,6 +111,7 @@ class Destination:
         self._claims = PageClaims()
         self._announced: list[int] | None = None
         self._takeover: Takeover | None = None
+        self._cancelled = False
         self._features: set[str] = set()
         self._flushes = False
         self._has_machine = False
@@ -130,6 +131,7 @@ class Destination:
 
         Without effect once the machine is this side's.
         """
+        self._cancelled = True
         self._connections.cancel()
         if self._takeover is not None:
             self._takeover.decide(take=False)
@@ -163,6 +165,7 @@ class Destination:
             if self._announced is not None:
                 self._take_over(self._announced)
             else:
+                self._check_cancelled()
                 self._answers.confirm()
             self._taken()
             reach("running")
@@ -178,6 +181,10 @@ class Destination:
             self._answers.close()
             self._connections.close()
 
+    def _check_cancelled(self) -> None:
+        if self._cancelled:
+            raise ChannelClosed("the migration was cancelled on this side")
+
     def _refuse(self, error: BaseException) -> None:
         self._answers.refuse(str(error) if self._announced is not None else None)
 
@@ -186,6 +193,8 @@ class Destination:
         if len(numbers) < NUMBERS:
             raise PeerError("the source announced itself, and did not say who it is")
         takeover = self._takeover = Takeover(self._main, Identity.from_numbers(numbers))
+        # Either this sees that it was cancelled, or whoever cancels sees the takeover.
+        self._check_cancelled()
         self._meter.phase("ready")
         with suppress(TransportError):  # it may have arrived nonetheless
             for number in (READY, *Identity.own().numbers()):

@@ -62,7 +62,7 @@ class Identity:
         try:
             state, started = _state(self.pid)
         except (FileNotFoundError, ProcessLookupError):
-            return True
+            return not _exists(self.pid)
         except OSError:
             return False
         if started != self.started:
@@ -81,6 +81,17 @@ def _state(pid: int) -> tuple[str, int]:
     """The state of a process, and when it started."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return fields[0], int(fields[19]) & 0xFFFFFFFF
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is a process that ``/proc`` may hide (``hidepid``)."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _other_threads(pid: int) -> bool:

@@ -13,7 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 from uuid import UUID
 
-from vmferry.errors import ChannelClosed, InDoubt, PeerError, TransportError, UsageError
+from vmferry.errors import (
+    ChannelClosed,
+    InDoubt,
+    PeerError,
+    Refused,
+    TransportError,
+    UsageError,
+    VmferryError,
+)
 from vmferry.faults import reach
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
@@ -194,21 +202,24 @@ class Source:
         try:
             self._main.send([Ping(GO).encode()], self._options.idle)
             reach("go-said")
-            self._verdict.await_success(self._options.answer)
-        except (TransportError, InDoubt) as error:
-            # Over a direct connection nothing is lost that was said before the process ended.
-            if self._main.peer_pid == destination.pid and destination.dies_within(_DYING):
-                self.handover.hear(Word.GONE)
-                raise PeerError("the destination died before it took the machine") from error
-            self.handover.hear(Word.LOST)
-            raise InDoubt(
-                f"the destination was given the machine and did not say that it runs it ({error});"
-                " it stays stopped here until an operator who knows that it does not run there"
-                " starts it"
-            ) from error
-        except PeerError:
+            return self._verdict.await_success(self._options.answer)
+        except Refused:
             self.handover.hear(Word.REFUSED)
             raise
+        except VmferryError as failure:
+            error = failure
+        # Over a direct connection nothing is lost that was said before the process ended.
+        if self._main.peer_pid == destination.pid and destination.dies_within(_DYING):
+            if self._verdict.is_success():
+                return None
+            self.handover.hear(Word.GONE)
+            raise PeerError("the destination died before it took the machine") from error
+        self.handover.hear(Word.LOST)
+        raise InDoubt(
+            f"the destination was given the machine and did not say that it runs it ({error});"
+            " it stays stopped here until an operator who knows that it does not run there"
+            " starts it"
+        ) from error
 
     def cancel(self) -> bool:
         """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
@@ -259,7 +270,8 @@ class Source:
         self._meter.phase("device")
         self._send_bytes(machine.devices)
         reach("devices-sent")
-        self.handover.hear(Word.SENT)
+        if self.handover.hear(Word.SENT) is None and self._passes is not None:
+            raise ChannelClosed(_CANCELLED)
         self._send(EndOfStream())
         if (text := machine.description) is not None:
             self._send_bytes([bytes([Kind.DESCRIPTION]) + len(text).to_bytes(4), text])

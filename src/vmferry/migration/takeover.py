@@ -51,6 +51,7 @@ class Takeover:
     def __init__(self, main: Channel, source: Identity) -> None:
         self._main = main
         self._source = source
+        self._deciding = threading.Lock()
         self._decided = threading.Event()
         self._take = False
         self._word = bytearray(len(Ping(GO).encode()))
@@ -58,9 +59,11 @@ class Takeover:
         self._is_cut = False
 
     def decide(self, *, take: bool) -> None:
-        """An operator's word, from any thread: run the machine, or drop it."""
-        self._take = take
-        self._decided.set()
+        """An operator's word, from any thread: run the machine, or drop it.  The first counts."""
+        with self._deciding:
+            if not self._decided.is_set():
+                self._take = take
+                self._decided.set()
 
     def wait(self, patience: float | None, in_doubt: Callable[[], None]) -> None:
         """Return once the machine is this side's, however long that takes.

@@ -15,6 +15,7 @@ from vmferry.errors import (
     InDoubt,
     PeerError,
     PeerSilent,
+    Refused,
     TransportError,
     VmferryError,
 )
@@ -76,9 +77,9 @@ class Verdict:
     def await_success(self, patience: float | None) -> None:
         """Return once the destination has said that it has the machine.
 
-        Raises :class:`PeerError` where it refuses or asks for what belongs to postcopy,
-        :class:`InDoubt` where it leaves without a word; :class:`TransportError` after *patience*
-        seconds in all.
+        Raises :class:`Refused` where it refuses, :class:`PeerError` where it asks for what belongs
+        to postcopy, :class:`InDoubt` where it leaves without a word; :class:`TransportError` after
+        *patience* seconds in all.
         """
         if not any(_is_success(message, self._reason) for message in self._messages(patience)):
             raise InDoubt(_LEFT)
@@ -86,12 +87,20 @@ class Verdict:
     def refusal(self) -> PeerError | None:
         """What a destination that broke the connection had said before, if it said why."""
         try:
-            any(_is_success(message, self._reason) for message in self._messages(_LAST_WORDS))
-        except PeerError as refusal:
+            self.await_success(_LAST_WORDS)
+        except Refused as refusal:
             return refusal
         except VmferryError:
             pass
         return None
+
+    def is_success(self) -> bool:
+        """Whether a destination that is gone had said before that it has the machine."""
+        try:
+            self.await_success(_LAST_WORDS)
+        except VmferryError:
+            return False
+        return True
 
     def _messages(self, patience: float | None) -> Iterator[Message]:
         """What it says, up to the end of the connection; one wait may go on after another."""
@@ -128,7 +137,7 @@ def _is_success(message: Message, reason: str) -> bool:
             return True
         case Shut():
             why = f": {reason}" if reason else "; its own messages say why"
-            raise PeerError(f"the destination refused the machine{why}")
+            raise Refused(f"the destination refused the machine{why}")
         case Pong() | SwitchoverAck():
             return False
         case _:
