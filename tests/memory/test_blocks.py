@@ -165,6 +165,5 @@ def test_preallocated_block_has_all_of_its_memory() -> None:
         block = memory.add("ram", 3 << 20)
         assert not block.populated().any()
         block.preallocate()
-        assert block.preallocated
         assert block.populated().all()
         assert not block.array.any()

@@ -398,6 +398,18 @@ def test_shared_block_is_left_out_on_both_sides(lab: Lab) -> None:
     runs_on(destination)
 
 
+@pytest.mark.parametrize("capability", ["events", "multifd"])
+def test_what_was_in_memory_before_the_machine_came_is_gone(lab: Lab, capability: str) -> None:
+    source, _, _ = lab.pair()
+    used = lab.side("used", PythonMachine())
+    machine(used).ram.array[:] = 7
+    source.set_capabilities({capability: True})
+    source.migrate(used.incoming(lab.uri(name="used")))
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert used.wait(LONG) == Status.COMPLETED
+    runs_on(used)
+
+
 # Pausing, cancelling
 
 

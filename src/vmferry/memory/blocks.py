@@ -38,8 +38,6 @@ class MemoryBlock:
     ``shared``: another process that has the memory too can do without its content (QEMU's
     ``x-ignore-shared``).  ``read_only``: the guest cannot write it; the host may.
 
-    ``preallocated``: all of it has memory from the beginning.
-
     Views of the block that somebody holds stay valid when it is closed.
     """
 
@@ -59,7 +57,6 @@ class MemoryBlock:
         self.view = memoryview(mapping)
         self.address: Final = self.array.ctypes.data
         self._mappings = {self.address: mapping}
-        self.preallocated = False
         self.use_huge_pages(self.address, on=True)
 
     def preallocate(self) -> None:
@@ -69,7 +66,6 @@ class MemoryBlock:
         """
         with _refusal(self.name, self.size):
             self._mappings[self.address].madvise(_POPULATE_WRITE)
-        self.preallocated = True
 
     @property
     def pages(self) -> int:

@@ -30,7 +30,7 @@ from .run_state import RunState
 
 
 class MachineSink:
-    """Loads *machine*, which does not run and whose memory was never touched.
+    """Loads *machine*, which does not run.
 
     Where anything does not fit, an error is raised before any device has changed; memory may have.
     """
@@ -80,7 +80,7 @@ class MachineSink:
         if missing := wanted.keys() - found.keys():
             raise StreamError(f"RAM block {printable(min(missing))} as well", "no such block")
         self._blocks = {
-            name: (block, np.zeros(block.pages, np.uint8))
+            name: (block, block.populated())
             for name, block in wanted.items()
             if not (block.shared and self._ignores_shared)
         }
@@ -92,11 +92,8 @@ class MachineSink:
             raise StreamError("no content of a block that both sides share", "a page", block=name)
         block, known = self._blocks[name]
 
-        # Pages that are there already are quicker through the mapping, new ones through the file.
-        fd = -1 if block.preallocated else block.fd
-
         def place(rows: Rows, first: int, data: memoryview) -> int:
-            return apply_records(block.array, rows, first, data, PAGE_SIZE, known, fd)
+            return apply_records(block.array, rows, first, data, PAGE_SIZE, known, block.fd)
 
         try:
             place_rows(place, batch.rows, batch.data, PAGE_SIZE)
