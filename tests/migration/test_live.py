@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from vmferry.migration.control import Control, RunState
 from vmferry.migration.events import DowntimeRaised, Stalled
 from vmferry.migration.identity import Identity
 from vmferry.migration.machine_sink import MachineSink
+from vmferry.migration.precopy import Precopy
 from vmferry.migration.status import Status
 from vmferry.migration.takeover import GO, READY
 from vmferry.migration.verdict import Verdict
@@ -432,6 +434,44 @@ def test_pause_before_switchover_and_go_on(lab: Lab) -> None:
     ]
     assert destination.wait(LONG) == Status.COMPLETED
     runs_on(destination)
+
+
+def test_destination_that_goes_before_the_switchover_keeps_nobody_waiting(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    source.set_capabilities({"pause-before-switchover": True})
+    source.migrate(address)
+    wait_until(lambda: source.query()["status"] == "pre-switchover")
+    destination.cancel_incoming()
+    assert source.wait(LONG) == Status.FAILED
+    assert "cancelled on this side" in source.query()["error-desc"]
+    runs_on(source)
+
+
+def test_destination_waits_as_long_as_the_source_says_that_it_is_there(lab: Lab) -> None:
+    source, _, _ = lab.pair()
+    patient = lab.side("patient", PythonMachine())
+    patient.set_parameters({"x-vmferry-idle-deadline": 3})
+    source.set_capabilities({"pause-before-switchover": True})
+    source.migrate(patient.incoming(lab.uri(name="patient")))
+    wait_until(lambda: source.query()["status"] == "pre-switchover")
+    time.sleep(4)
+    source.proceed("pre-switchover")
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert patient.wait(LONG) == Status.COMPLETED
+    runs_on(patient)
+
+
+@pytest.mark.parametrize("capability", ["events", "xbzrle"])
+def test_nothing_of_guest_memory_is_kept_behind_a_migration(lab: Lab, capability: str) -> None:
+    source, _, address = lab.pair(log="shadow")
+    source.set_capabilities({capability: True})
+    source.set_parameters({"max-bandwidth": 1 << 20})
+    source.migrate(address)
+    wait_until(lambda: source.query()["status"] == "active")
+    source.cancel()
+    assert source.wait(LONG) == Status.CANCELLED
+    gc.collect()
+    assert not [one for one in gc.get_objects() if isinstance(one, Precopy)]
 
 
 def test_cancelled_at_the_switchover_it_runs_on(lab: Lab) -> None:

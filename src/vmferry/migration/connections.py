@@ -46,8 +46,9 @@ class Deadlines:
 
     ``connect`` for the first connection.  ``first`` from a connection to its first four bytes, and
     from the first connection to the main channel's.  ``idle`` between two reads after that: longer
-    than the source may sit at ``pre-switchover``.  It also bounds how long an answer to the source
-    may stand still, and the wait for a multifd channel while none of them says anything.
+    than a QEMU, which is silent there, may sit at ``pre-switchover``.  It also bounds how long an
+    answer to the source may stand still, and the wait for a multifd channel while none of them says
+    anything.
     """
 
     connect: float | None = None

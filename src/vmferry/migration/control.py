@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
 from queue import SimpleQueue
@@ -288,8 +289,10 @@ class Control:
             end, error = source.run(), None
         except Exception as failure:  # noqa: BLE001 - told by whoever asks
             end, error = Status.FAILED, failure
+            _clear_frames(failure)
         with self._lock:
             self._given_away = source.is_given_away
+            self._source = None
             self._end(end, error)
 
     def _run_destination(self, listener: Listener, destination: Destination) -> None:
@@ -335,6 +338,13 @@ class Control:
         told = to_qmp(event)
         if told and (told[0] not in OPTIONAL or Capability.EVENTS in self.capabilities):
             self._notify(*told)
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go of what was at work when *error* came up: copies of guest memory, perhaps."""
+    traceback.clear_frames(error.__traceback__)
+    if (cause := error.__cause__ or error.__context__) is not None:
+        _clear_frames(cause)
 
 
 def _socket_addresses(uri: str) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ where :class:`~vmferry.errors.InDoubt` says that this cannot be known.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,9 @@ from .status import Status, StatusTrack
 
 _DEVICE_BYTES: Final = 1 << 16
 """Bytes of a switchover that are not memory, more or less."""
+
+_LINGER: Final = 0.5
+"""Seconds between two looks at whether the destination still waits at ``pre-switchover``."""
 
 _OVERHEAD: Final = 0.005
 """Seconds of a switchover that do not depend on the bandwidth, more or less."""
@@ -243,8 +247,12 @@ class LiveSource:
             self._tell(Throttled(decision.throttle))
 
     def _await_proceed(self) -> None:
-        deadline = self._parameters().continue_deadline
-        if not self._proceed.wait(deadline or None):
-            raise PeerSilent(f"nobody said within {deadline:g} s to go on from pre-switchover")
+        patience = self._parameters().continue_deadline
+        deadline = time.monotonic() + (patience or math.inf)
+        while not self._proceed.wait(_LINGER):
+            if time.monotonic() > deadline:
+                raise PeerSilent(f"nobody said within {patience:g} s to go on from pre-switchover")
+            # The machine stands still here: it must not wait for a destination that has gone.
+            self._source.linger()
         if self._source.handover.may_run:
             raise ChannelClosed("the migration was cancelled on this side")

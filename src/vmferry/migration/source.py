@@ -221,6 +221,12 @@ class Source:
             " starts it"
         ) from error
 
+    def linger(self) -> None:
+        """Between two sections, say that more will come, and raise where nobody waits for it."""
+        if self._answered:
+            self._verdict.check_waiting()
+            self._send(Ping(1))
+
     def cancel(self) -> bool:
         """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Final
 
 from vmferry.errors import (
@@ -16,7 +17,6 @@ from vmferry.errors import (
     PeerError,
     PeerSilent,
     Refused,
-    TransportError,
     VmferryError,
 )
 from vmferry.transports import Channel
@@ -78,11 +78,18 @@ class Verdict:
         """Return once the destination has said that it has the machine.
 
         Raises :class:`Refused` where it refuses, :class:`PeerError` where it asks for what belongs
-        to postcopy, :class:`InDoubt` where it leaves without a word; :class:`TransportError` after
+        to postcopy, :class:`InDoubt` where it leaves without a word; :class:`PeerSilent` after
         *patience* seconds in all.
         """
         if not any(_is_success(message, self._reason) for message in self._messages(patience)):
             raise InDoubt(_LEFT)
+
+    def check_waiting(self) -> None:
+        """Raise :class:`PeerError` where the destination has ended the migration by now."""
+        with suppress(PeerSilent):
+            if any(_is_success(message, self._reason) for message in self._messages(_LOOK)):
+                raise PeerError("the destination says that it has a machine that was not sent yet")
+            raise PeerError(_LEFT)
 
     def refusal(self) -> PeerError | None:
         """What a destination that broke the connection had said before, if it said why."""
@@ -128,7 +135,7 @@ class Verdict:
                 return self._main.recv_into(room, max(left, 0.001))
             except PeerSilent:
                 continue
-        raise TransportError(f"waited {format_duration(patience)} for the destination's answer")
+        raise PeerSilent(f"waited {format_duration(patience)} for the destination's answer")
 
 
 def _is_success(message: Message, reason: str) -> bool:
