@@ -98,6 +98,11 @@ Address: TypeAlias = (
 )
 
 
+def _shown(text: str) -> str:
+    """What may be anything at all, briefly."""
+    return printable(text, 80)
+
+
 def parse(uri: str) -> Address:
     """What *uri* names.  Raises :class:`UsageError`, and nothing else, if it is not a URI."""
     if uri == "-":
@@ -105,7 +110,7 @@ def parse(uri: str) -> Address:
     scheme, colon, rest = uri.partition(":")
     reader = _READERS.get(scheme) if colon else None
     if reader is None:
-        raise UsageError(f"expected {FORMS}; found {printable(uri)}")
+        raise UsageError(f"expected {FORMS}; found {_shown(uri)}")
     if not rest:
         raise _wrong(uri, f"nothing follows {scheme}:")
     if "\0" in rest:
@@ -118,7 +123,7 @@ def parse(uri: str) -> Address:
 
 
 def _wrong(uri: str, why: str) -> UsageError:
-    return UsageError(f"{printable(uri)} cannot be used: {why}; the forms are {FORMS}")
+    return UsageError(f"{_shown(uri)} cannot be used: {why}; the forms are {FORMS}")
 
 
 def _tcp(uri: str, rest: str) -> TcpAddress:
@@ -127,9 +132,9 @@ def _tcp(uri: str, rest: str) -> TcpAddress:
         raise _wrong(uri, "expected tcp:HOST:PORT with a number as port, an IPv6 address as [::1]")
     literal, name, digits, options = match.groups()
     if literal is not None and not _is_ipv6(literal):
-        raise _wrong(uri, f"{printable(literal)} is not an IPv6 address")
+        raise _wrong(uri, f"{_shown(literal)} is not an IPv6 address")
     if literal is None and not _HOST.fullmatch(name):
-        raise _wrong(uri, f"{printable(name)} is not a host name")
+        raise _wrong(uri, f"{_shown(name)} is not a host name")
     port = int(digits)
     if port > 65535:
         raise _wrong(uri, f"expected a port of at most 65535, found {port}")
@@ -154,7 +159,7 @@ def _flags(uri: str, options: str) -> dict[str, bool]:
         name, value = option[:4], option[4:]
         if name not in ("ipv4", "ipv6") or value not in _FLAG:
             known = "ipv4, ipv6, ipv4=on, ipv4=off, ipv6=on and ipv6=off"
-            raise _wrong(uri, f"option {printable(option)} is not one of {known}")
+            raise _wrong(uri, f"option {_shown(option)} is not one of {known}")
         if name in flags:
             raise _wrong(uri, f"option {name} is given twice")
         flags[name] = _FLAG[value]
@@ -171,7 +176,7 @@ def _unix(uri: str, path: str) -> UnixAddress:
 
 def _descriptor(uri: str, number: str) -> DescriptorAddress:
     if not re.fullmatch(r"[0-9]{1,9}", number):
-        raise _wrong(uri, f"expected the number of a descriptor, found {printable(number)}")
+        raise _wrong(uri, f"expected the number of a descriptor, found {_shown(number)}")
     return DescriptorAddress(int(number))
 
 
@@ -187,7 +192,7 @@ def _file(uri: str, rest: str) -> FileAddress:
         return FileAddress(path)
     if not _OFFSET.fullmatch(number):
         example = "such as 4096, 0x1000 or 4K"
-        raise _wrong(uri, f"expected a number of bytes {example}, found {printable(number)}")
+        raise _wrong(uri, f"expected a number of bytes {example}, found {_shown(number)}")
     offset = parse_size(number)
     if offset >= 1 << 63:
         raise _wrong(uri, "expected an offset below 2 to the 63rd")
