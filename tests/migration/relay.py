@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from vmferry.errors import TransportError
 from vmferry.transports import Channel, connect, listen
 
 
@@ -61,8 +62,13 @@ class Relay:
     def _accept(self) -> None:
         with contextlib.suppress(Exception):
             while (one := self._listener.accept()) is not None:
-                two = connect(self._target)
-                self._ends += [one, two]
+                self._ends.append(one)
+                try:
+                    two = connect(self._target)
+                except TransportError:
+                    one.shutdown()
+                    continue
+                self._ends.append(two)
                 if self.has_cut.is_set():
                     self.cut()
                 self._spawn(lambda one=one, two=two: self._pump(one, two))  # type: ignore[misc]
@@ -70,7 +76,7 @@ class Relay:
 
     def _pump(self, source: Channel, sink: Channel) -> None:
         buffer = memoryview(bytearray(1 << 16))
-        with contextlib.suppress(Exception):
+        try:
             while count := source.recv_into(buffer):
                 piece = buffer[:count]
                 triggered = self._trigger is not None and self._trigger in bytes(piece)
@@ -79,3 +85,6 @@ class Relay:
                 if triggered:
                     self.cut()
             sink.end_of_data()
+        except TransportError:  # as if there were no relay, both ends know of it
+            source.shutdown()
+            sink.shutdown()
