@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -501,6 +502,21 @@ def test_cancelled_while_memory_goes_it_runs_on_and_can_go_again(lab: Lab) -> No
     assert source.wait(LONG) == Status.COMPLETED
     assert another.wait(LONG) == Status.COMPLETED
     runs_on(another)
+
+
+def test_cancelled_while_it_connects_it_runs_on(lab: Lab, tmp_path: Path) -> None:
+    source, _, _ = lab.pair()
+    source.set_parameters({"x-vmferry-connect-deadline": 1})
+    with socket.socket(socket.AF_UNIX) as full, socket.socket(socket.AF_UNIX) as first:
+        full.bind(f"{tmp_path}/full")
+        full.listen(0)
+        first.connect(f"{tmp_path}/full")  # there is no room for another one
+        source.migrate(f"unix:{tmp_path}/full")
+        source.cancel()
+        assert source.status == Status.CANCELLING
+        assert source.machine.running
+        assert source.wait(LONG) == Status.CANCELLED
+    runs_on(source)
 
 
 # Two who stop the machine and let it run
