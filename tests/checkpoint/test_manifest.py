@@ -28,8 +28,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("saved") / "vm")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def manifest(directory: Path) -> Manifest:
+    """As it was, before any test has put another in its place."""
     return manifest_of(directory)
 
 

@@ -17,20 +17,22 @@ import vmferry
 from tests.migration.boards import Disk
 from tests.migration.python_machine import PythonMachine
 from tests.migration.relay import Relay
-from tests.transports.support import background, wait_until
+from tests.transports.support import accepted, background, receive, wait_until
 from tests.vmstate.analyze import ANALYZE, VARIABLE, analyze, find_script
 from vmferry import UsageError
 from vmferry.errors import PeerSilent
 from vmferry.migration.answers import Answers
 from vmferry.migration.control import Control, RunState
+from vmferry.migration.destination import Destination
 from vmferry.migration.events import DowntimeRaised, Stalled
 from vmferry.migration.identity import Identity
 from vmferry.migration.machine_sink import MachineSink
 from vmferry.migration.precopy import Precopy
+from vmferry.migration.progress import Meter
 from vmferry.migration.status import Status
-from vmferry.migration.takeover import GO, READY
+from vmferry.migration.takeover import ABORT, GO, READY
 from vmferry.migration.verdict import Verdict
-from vmferry.transports import RateLimit
+from vmferry.transports import RateLimit, connect, listen
 from vmferry.vmstate import U8, device
 from vmferry.wire.commands import Ping
 from vmferry.wire.return_path import Pong, RequestPages, Shut
@@ -759,3 +761,69 @@ def test_limit_on_bandwidth_changes_while_it_goes(lab: Lab) -> None:
     assert time.monotonic() - began < 10  # not the 11 s that 11 MiB would take
     assert destination.wait(LONG) == Status.COMPLETED
     runs_on(destination)
+
+
+# Words that nobody can hear any more
+
+
+def everything_but_the_last_word(lab: Lab, path: Path) -> bytes:
+    """What a source of a small machine sends before it hears anything."""
+    source = lab.side("recorded", PythonMachine(pages=20).fill())
+    source.machine.resume()
+    source.set_parameters({"x-vmferry-answer-deadline": 0.5})
+    with listen(f"unix:{path}/recorder") as listener:
+        source.migrate(listener.address)
+        with accepted(listener.accept(LONG)) as channel:
+            sent = receive(channel)
+    assert source.wait(LONG) == Status.FAILED
+    assert sent.endswith(Ping(ABORT).encode())
+    return sent.removesuffix(Ping(ABORT).encode())
+
+
+def test_source_that_ended_before_it_was_answered_has_sent_a_whole_machine(
+    lab: Lab, tmp_path: Path
+) -> None:
+    sent = everything_but_the_last_word(lab, tmp_path)
+    with PythonMachine(pages=20) as there, listen(lab.uri(name="late")) as listener:
+        with connect(listener.address) as gone:
+            gone.send([sent])
+        sink = MachineSink(there)
+        phases: list[str] = []
+        destination = Destination(
+            listener,
+            sink,
+            meter=Meter(lambda now: phases.append(now.phase)),
+            loader=sink,
+            taken=there.resume,
+        )
+        outcome = background(destination.run)
+        wait_until(lambda: "in-doubt" in phases or outcome.done(), LONG)
+        assert not there.running
+        destination.decide(take=True)
+        outcome.result(LONG)
+        assert there.running
+
+
+def test_checkpoint_of_a_machine_that_stays_at_its_source_is_not_kept(
+    lab: Lab, tmp_path: Path
+) -> None:
+    source, _, _ = lab.pair()
+    destinations: list[Destination] = []
+    phases: list[str] = []
+    received = background(
+        lambda: vmferry.receive(
+            lab.uri(name="keep"),
+            tmp_path / "vm",
+            started=destinations.append,
+            progress=lambda now: phases.append(now.phase),
+        )
+    )
+    wait_until(lambda: bool(destinations), LONG)
+    relay = lab.relay(lab.uri(name="keep"), trigger=READY_WORD)
+    source.migrate(relay.address)
+    assert source.wait(LONG) == Status.FAILED
+    wait_until(lambda: "in-doubt" in phases, LONG)
+    destinations[0].cancel()
+    assert isinstance(received.exception(LONG), vmferry.VmferryError)
+    assert not (tmp_path / "vm").exists()
+    runs_on(source)

@@ -216,6 +216,10 @@ class CheckpointWriter:
             raise storage_error(self.path, "completed", error) from None
         self._committed = True
 
+    def discard(self) -> None:
+        """Take back what was committed; the end of the ``with`` block removes it."""
+        self._committed = False
+
     def _make(self, directory: Path) -> None:
         try:
             directory.mkdir(mode=0o700, exist_ok=True)

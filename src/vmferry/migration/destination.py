@@ -45,7 +45,7 @@ from vmferry.wire.machine import machine_version
 from vmferry.wire.multifd import Method
 from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush, RamPages
 from vmferry.wire.reader import StreamReader, Tolerate
-from vmferry.wire.return_path import Pong, SwitchoverAck
+from vmferry.wire.return_path import Message, Pong, SwitchoverAck
 from vmferry.wire.sections import Header, SectionEnd, SectionPart, SectionStart
 from vmferry.wire.split import DecodedDevices
 
@@ -110,6 +110,7 @@ class Destination:
         self._switchover_ack = switchover_ack
         self._claims = PageClaims()
         self._announced: list[int] | None = None
+        self._unheard: TransportError | None = None
         self._takeover: Takeover | None = None
         self._cancelled = False
         self._features: set[str] = set()
@@ -129,7 +130,8 @@ class Destination:
     def cancel(self) -> None:
         """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
 
-        Without effect once the machine is this side's.
+        Without effect once the machine is this side's, as a checkpoint is when it is durable, where
+        the source has no last word.
         """
         self._cancelled = True
         self._connections.cancel()
@@ -159,13 +161,13 @@ class Destination:
         try:
             self._receive()
             self._connections.settle()
+            self._check_heard()
             self._meter.phase("storing")
             self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
             reach("loaded")
             if self._announced is not None:
                 self._take_over(self._announced)
             else:
-                self._check_cancelled()
                 self._answers.confirm()
             self._taken()
             reach("running")
@@ -181,6 +183,11 @@ class Destination:
             self._answers.close()
             self._connections.close()
 
+    def _check_heard(self) -> None:
+        """A source that did not hear an answer does not hear of success, and keeps its machine."""
+        if self._unheard is not None and self._announced is None:
+            raise self._unheard
+
     def _check_cancelled(self) -> None:
         if self._cancelled:
             raise ChannelClosed("the migration was cancelled on this side")
@@ -190,6 +197,17 @@ class Destination:
 
     def _take_over(self, numbers: list[int]) -> None:
         """Let the source have the last word, and then it is this side's machine."""
+        try:
+            self._await_last_word(numbers)
+        except BaseException:
+            self._sink.discard()
+            raise
+        reach("go-heard")
+        with suppress(TransportError):  # a source that said go does not take the machine back
+            self._answers.confirm()
+        reach("shut-said")
+
+    def _await_last_word(self, numbers: list[int]) -> None:
         if len(numbers) < NUMBERS:
             raise PeerError("the source announced itself, and did not say who it is")
         takeover = self._takeover = Takeover(self._main, Identity.from_numbers(numbers))
@@ -201,10 +219,6 @@ class Destination:
                 self._answers.say(Pong(number))
         reach("ready-said")
         takeover.wait(self._deadlines.idle, lambda: self._meter.phase("in-doubt"))
-        reach("go-heard")
-        with suppress(TransportError):  # a source that said go does not take the machine back
-            self._answers.confirm()
-        reach("shut-said")
 
     def _receive(self) -> None:
         reader = self._reader
@@ -376,7 +390,7 @@ class Destination:
             case Ping():
                 if not self._reader.return_path:
                     raise PeerError("the source sent a ping but has opened no return path")
-                self._answers.say(Pong(command.value))
+                self._answer(Pong(command.value))
                 self._note_announcement(command.value)
             case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps
                 self._features.add("postcopy-ram")
@@ -389,6 +403,15 @@ class Destination:
                     " checkpoint: let it finish in precopy (no migrate-start-postcopy)"
                 )
 
+    def _answer(self, message: Message) -> None:
+        """Say *message*; of a source that has ended, what it sent before may still be all."""
+        try:
+            self._answers.say(message)
+        except TransportError as error:
+            if not isinstance(error.__cause__, ConnectionError):
+                raise
+            self._unheard = self._unheard or error
+
     def _note_announcement(self, value: int) -> None:
         if self._announced is not None and len(self._announced) < NUMBERS:
             self._announced.append(value)
@@ -399,7 +422,7 @@ class Destination:
         self._answers.open()
         self._features.add("return-path")
         if self._acknowledges():
-            self._answers.say(SwitchoverAck())
+            self._answer(SwitchoverAck())
 
     def _acknowledges(self) -> bool:
         if self._switchover_ack is not None:

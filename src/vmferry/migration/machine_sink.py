@@ -139,6 +139,9 @@ class MachineSink:
         self._staging.finish()
         self._staging.commit()
 
+    def discard(self) -> None:
+        """Nothing: the machine does not run, and is loaded once."""
+
     @property
     def runs(self) -> bool:
         """Whether the machine ran before it was stopped for the migration."""

@@ -54,6 +54,9 @@ class Sink(Protocol):
         names; *footers* whether sections end with one.
         """
 
+    def discard(self) -> None:
+        """The source keeps its machine after all: what was committed must not look complete."""
+
 
 class Loader(Protocol):
     """Who knows a machine's devices and iterative handlers by what they declare."""
