@@ -407,6 +407,8 @@ class Destination:
         """Say *message*; of a source that has ended, what it sent before may still be all."""
         try:
             self._answers.say(message)
+        except ChannelClosed:
+            raise  # this side's own doing
         except TransportError as error:
             if not isinstance(error.__cause__, ConnectionError):
                 raise
