@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guests import Serial, walker
-from tests.migration.peers import SHUT, Peer, unanswered
+from tests.migration.peers import Peer, unanswered
 from tests.migration.races import at_once
 from vmferry.migration.capabilities import Capability
 from vmferry.migration.parameters import Parameters, changed
@@ -276,7 +276,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[Status, dict[str, Any
             note(Status.PRE_SWITCHOVER)
             vm.execute("migrate-continue", {"state": "pre-switchover"})
             note(Status.DEVICE)  # until it is answered
-            peer.say(SHUT)
+            peer.confirm()
             note(Status.COMPLETED)
     return answers
 
