@@ -444,6 +444,7 @@ def test_destination_that_goes_before_the_switchover_keeps_nobody_waiting(lab: L
     source.set_capabilities({"pause-before-switchover": True})
     source.migrate(address)
     wait_until(lambda: source.query()["status"] == "pre-switchover")
+    wait_until(lambda: destination.status == Status.ACTIVE)  # so that it can answer
     destination.cancel_incoming()
     assert source.wait(LONG) == Status.FAILED
     assert "cancelled on this side" in source.query()["error-desc"]
