@@ -34,7 +34,7 @@ MACHINE = Resting(
 
 def stream(path: Path, machine: Resting = MACHINE) -> Path:
     """The machine as a stream in the file *path*."""
-    Source(machine, lambda: connect(f"file:{path}")).run()
+    Source(machine, lambda _: connect(f"file:{path}")).run()
     return path
 
 

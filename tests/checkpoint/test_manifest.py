@@ -104,7 +104,7 @@ def use(directory: Path, out: Path) -> None:
     """Everything that is done with a checkpoint."""
     with Checkpoint(directory) as checkpoint:
         checkpoint.survey().to_json()
-        Source(checkpoint, lambda: connect(f"file:{out}")).run()
+        Source(checkpoint, lambda _: connect(f"file:{out}")).run()
     Checkpoint(directory, verify=True).close()
 
 

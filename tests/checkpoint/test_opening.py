@@ -173,7 +173,7 @@ def test_survey_of_a_directory_with_other_things_in_it_counts_its_own_files(
 
 
 def send(checkpoint: Checkpoint, out: Path) -> None:
-    Source(checkpoint, lambda: connect(f"file:{out}")).run()
+    Source(checkpoint, lambda _: connect(f"file:{out}")).run()
 
 
 @pytest.mark.parametrize("name", ["ram/00-pc.ram.raw", "disks/00-drive0.raw"])

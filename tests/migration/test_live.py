@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import UUID
 
@@ -15,6 +15,7 @@ import pytest
 
 import vmferry
 from tests.migration.boards import Disk
+from tests.migration.peers import unanswered
 from tests.migration.python_machine import PythonMachine
 from tests.migration.relay import Relay
 from tests.transports.support import accepted, background, receive, wait_until
@@ -507,18 +508,40 @@ def test_cancelled_while_memory_goes_it_runs_on_and_can_go_again(lab: Lab) -> No
     runs_on(another)
 
 
-def test_cancelled_while_it_connects_it_runs_on(lab: Lab, tmp_path: Path) -> None:
-    source, _, _ = lab.pair()
-    source.set_parameters({"x-vmferry-connect-deadline": 1})
+@contextmanager
+def full_queue(path: Path) -> Iterator[str]:
+    """An address where no connection comes about, as there is no room for another one."""
     with socket.socket(socket.AF_UNIX) as full, socket.socket(socket.AF_UNIX) as first:
-        full.bind(f"{tmp_path}/full")
+        full.bind(str(path))
         full.listen(0)
-        first.connect(f"{tmp_path}/full")  # there is no room for another one
-        source.migrate(f"unix:{tmp_path}/full")
+        first.connect(str(path))
+        yield f"unix:{path}"
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_cancelled_while_nobody_answers_it_has_ended_at_once(
+    lab: Lab, tmp_path: Path, kind: str
+) -> None:
+    source, _, _ = lab.pair()
+    with unanswered() if kind == "tcp" else full_queue(tmp_path / "full") as uri:
+        source.migrate(uri)
+        time.sleep(0.1)
         source.cancel()
-        assert source.status == Status.CANCELLING
         assert source.machine.running
-        assert source.wait(LONG) == Status.CANCELLED
+        assert source.wait(1) == Status.CANCELLED
+    runs_on(source)
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_nobody_who_answers_is_waited_for_as_long_as_was_said(
+    lab: Lab, tmp_path: Path, kind: str
+) -> None:
+    source, _, _ = lab.pair()
+    source.set_parameters({"x-vmferry-connect-deadline": 0.2})
+    with unanswered() if kind == "tcp" else full_queue(tmp_path / "full") as uri:
+        source.migrate(uri)
+        assert source.wait(LONG) == Status.FAILED
+    assert "waited 200 ms" in source.query()["error-desc"]
     runs_on(source)
 
 

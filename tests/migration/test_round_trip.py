@@ -31,7 +31,7 @@ WAYS = [
 
 def received(machine: Resting, options: SendOptions, attempt: Attempt) -> Checkpoint:
     address = attempt.destination.address
-    source = Source(machine, lambda: connect(address), options=options)
+    source = Source(machine, lambda _: connect(address), options=options)
     sending = background(source.run)
     checkpoint = attempt.checkpoint()
     sending.result(PROMPT)
@@ -90,7 +90,7 @@ def test_checkpoint_is_sent_as_the_machine_that_it_was() -> None:
         check_same(machine, checkpoint)
         with Attempt() as second:
             address = second.destination.address
-            source = Source(checkpoint, lambda: connect(address), options=SendOptions(multifd=2))
+            source = Source(checkpoint, lambda _: connect(address), options=SendOptions(multifd=2))
             sending = background(source.run)
             check_same(machine, second.checkpoint())
             sending.result(PROMPT)

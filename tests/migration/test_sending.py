@@ -45,7 +45,7 @@ class Sending:
         self.phases: list[str] = []
         self.source = Source(
             machine,
-            lambda: connect(listener.address),
+            lambda _: connect(listener.address),
             options=options,
             meter=Meter(self._report),
         )

@@ -85,7 +85,12 @@ def send(
         with Checkpoint(Path(checkpoint)) as opened:
             send(opened, uri, options=options, progress=progress, started=started)
         return
-    source = Source(checkpoint, lambda: connect(uri), options=options, meter=Meter(progress))
+    source = Source(
+        checkpoint,
+        lambda given_up: connect(uri, given_up=given_up),
+        options=options,
+        meter=Meter(progress),
+    )
     if started is not None:
         started(source)
     source.run()

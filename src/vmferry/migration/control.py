@@ -171,7 +171,9 @@ class Control:
             statistics = Statistics(self._note)
             source = LiveSource(
                 self.machine,
-                lambda: connect(uri, timeout=self.parameters.connect_deadline or None),
+                lambda given_up: connect(
+                    uri, timeout=self.parameters.connect_deadline or None, given_up=given_up
+                ),
                 capabilities=self.capabilities,
                 parameters=lambda: self.parameters,
                 track=track,

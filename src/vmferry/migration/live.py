@@ -18,7 +18,6 @@ from vmferry.errors import ChannelClosed, PeerSilent, UsageError, VmferryError
 from vmferry.faults import reach
 from vmferry.memory import PAGE_SIZE
 from vmferry.pages import XbzrleCache
-from vmferry.transports import Channel
 from vmferry.wire.multifd import Method
 
 from .capabilities import Capability
@@ -29,7 +28,7 @@ from .machine import LiveMachine
 from .machine_source import MachineSource
 from .parameters import Parameters
 from .precopy import DirtyBlock, Precopy
-from .source import SendOptions, Source
+from .source import Connect, SendOptions, Source
 from .statistics import Statistics
 from .status import Status, StatusTrack
 
@@ -55,7 +54,7 @@ class LiveSource:
     def __init__(
         self,
         machine: LiveMachine,
-        connect: Callable[[], Channel],
+        connect: Connect,
         *,
         capabilities: frozenset[Capability],
         parameters: Callable[[], Parameters],

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeAlias
 from uuid import UUID
 
 from vmferry.errors import (
@@ -89,6 +89,10 @@ class SendOptions:
     answer: float | None = 60.0
 
 
+Connect: TypeAlias = Callable[[Callable[[], bool]], Channel]
+"""Opens one more connection, unless what it is given says meanwhile that none is wanted."""
+
+
 class Encodes(Protocol):
     """An event that knows its bytes."""
 
@@ -114,7 +118,7 @@ class Source:
     def __init__(
         self,
         machine: Outgoing,
-        connect: Callable[[], Channel],
+        connect: Connect,
         *,
         options: SendOptions | None = None,
         meter: Meter | None = None,
@@ -230,7 +234,7 @@ class Source:
     def cancel(self) -> bool:
         """Give up, from any thread: :meth:`run` raises :class:`~vmferry.errors.ChannelClosed`.
 
-        A connection attempt in progress ends first.  False where it is too late: a running machine
+        False where it is too late: a running machine
         was handed over.  That of a machine at rest the destination may have already in the phase
         ``loading``, and this side does not hear of it.
         """
@@ -249,7 +253,7 @@ class Source:
             raise ChannelClosed(_CANCELLED)
 
     def _open(self, cleanup: ExitStack) -> Channel:
-        channel = cleanup.enter_context(limited(self._connect(), self.limit))
+        channel = cleanup.enter_context(limited(self._connect(lambda: self._cancelled), self.limit))
         # Either this sees that it was cancelled, or whoever cancels sees the channel.
         self._channels.append(channel)
         self._check_cancelled()

@@ -8,7 +8,7 @@ from .base import Channel, Listener, closed
 from .commands import start_command
 from .files import open_file
 from .pipes import open_descriptor, take_standard_stream
-from .sockets import connect_tcp, connect_unix, listen_tcp, listen_unix
+from .sockets import GivenUp, connect_tcp, connect_unix, listen_tcp, listen_unix
 from .uri import (
     CommandAddress,
     DescriptorAddress,
@@ -23,17 +23,25 @@ CONNECT_TIMEOUT = 30.0
 """Seconds to wait for an answer from the other side."""
 
 
-def connect(uri: str, *, timeout: float | None = CONNECT_TIMEOUT) -> Channel:
+def connect(
+    uri: str,
+    *,
+    timeout: float | None = CONNECT_TIMEOUT,
+    given_up: GivenUp = lambda: False,
+) -> Channel:
     """A channel to send through, to what *uri* names.
+
+    Raises :class:`~vmferry.errors.ChannelClosed` soon after *given_up*, which is asked while nobody
+    answers, is true.  The look-up of a host's name cannot be broken off.
 
     ``exec:`` writes to the command, ``file:`` to the file, ``-`` to standard output.  A
     descriptor given as ``fd:`` belongs to the channel from now on.
     """
     match parse(uri):
         case TcpAddress() as address:
-            return connect_tcp(address, uri, timeout)
+            return connect_tcp(address, uri, timeout, given_up)
         case UnixAddress() as address:
-            return connect_unix(address, uri, timeout)
+            return connect_unix(address, uri, timeout, given_up)
         case address:
             return _open(address, uri, receives=False)
 

@@ -43,10 +43,14 @@ from .uri import TcpAddress, UnixAddress
 from .waiting import Wakeup, ready
 
 _INTERNET: Final = (socket.AF_INET, socket.AF_INET6)
+GivenUp: TypeAlias = Callable[[], bool]
+"""Whether a connection is not wanted any more; asked often while there is none yet."""
 _Place: TypeAlias = tuple[Any, ...]
 """A host and a port as the socket module writes them, two items or four."""
 _TIMEVAL: Final = struct.Struct("ll")
 _CREDENTIALS: Final = struct.Struct("iII")
+_LOOK: Final = 0.02
+"""Seconds between two looks at whether a connection is still wanted."""
 _LONGEST: Final = 2.0**31
 """Seconds that every kernel can count, more or less for ever."""
 _UNIX_BUFFER: Final = 1 << 20
@@ -225,7 +229,9 @@ class UnixListener(SocketListener):
                 self._path.unlink()
 
 
-def connect_tcp(address: TcpAddress, uri: str, timeout: float | None) -> SocketChannel:
+def connect_tcp(
+    address: TcpAddress, uri: str, timeout: float | None, given_up: GivenUp
+) -> SocketChannel:
     """Connect to the first address of the host that answers, within *timeout* seconds in all."""
     if not address.host or not address.port:
         raise UsageError(f"{printable(uri)}: connecting needs a host and a port")
@@ -233,7 +239,7 @@ def connect_tcp(address: TcpAddress, uri: str, timeout: float | None) -> SocketC
     last = OSError("the host has no address")
     for family, place in _resolve(address, uri):
         try:
-            return _dial(family, place, uri, deadline)
+            return _dial(family, place, uri, deadline, given_up)
         except BlockingIOError:
             raise silent(uri, "an answer", timeout or 0.0) from None
         except OSError as error:
@@ -241,11 +247,13 @@ def connect_tcp(address: TcpAddress, uri: str, timeout: float | None) -> SocketC
     raise failure(uri, "connecting", last) from last
 
 
-def connect_unix(address: UnixAddress, uri: str, timeout: float | None) -> SocketChannel:
+def connect_unix(
+    address: UnixAddress, uri: str, timeout: float | None, given_up: GivenUp
+) -> SocketChannel:
     """Connect to a UNIX socket; *timeout* bounds the wait for room in the listener's queue."""
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
-        return _dial(socket.AF_UNIX, os.fsencode(address.path), uri, deadline)
+        return _dial(socket.AF_UNIX, os.fsencode(address.path), uri, deadline, given_up)
     except BlockingIOError:
         raise silent(uri, "room in the listener's queue", timeout or 0.0) from None
     except OSError as error:
@@ -336,19 +344,40 @@ def _resolve(
 
 
 def _dial(
-    family: socket.AddressFamily, place: _Place | bytes, uri: str, deadline: float | None
+    family: socket.AddressFamily,
+    place: _Place | bytes,
+    uri: str,
+    deadline: float | None,
+    given_up: GivenUp,
 ) -> SocketChannel:
     """Connect; :class:`BlockingIOError` when the deadline passes first."""
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
-        if deadline is not None:
-            _limit_waits(sock, socket.SO_SNDTIMEO, max(0.001, deadline - time.monotonic()))
-        sock.connect(place)
+        _connect(sock, place, uri, deadline, given_up)
         _limit_waits(sock, socket.SO_SNDTIMEO, None)
         return SocketChannel(sock, uri)
     except BaseException:
         sock.close()
         raise
+
+
+def _connect(
+    sock: socket.socket,
+    place: _Place | bytes,
+    uri: str,
+    deadline: float | None,
+    given_up: GivenUp,
+) -> None:
+    # In short waits, each of which goes on where the one before has ended: nothing else wakes a
+    # call that waits for room in the queue of a UNIX socket.
+    _limit_waits(sock, socket.SO_SNDTIMEO, _LOOK)
+    while not given_up():
+        try:
+            return sock.connect(place)
+        except BlockingIOError:
+            if deadline is not None and time.monotonic() > deadline:
+                raise
+    raise closed(uri)
 
 
 def _limit_waits(sock: socket.socket, option: int, seconds: float | None) -> None:
