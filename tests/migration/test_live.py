@@ -20,7 +20,7 @@ from tests.migration.python_machine import PythonMachine
 from tests.migration.relay import Relay
 from tests.transports.support import accepted, background, receive, wait_until
 from tests.vmstate.analyze import ANALYZE, VARIABLE, analyze, find_script
-from vmferry import UsageError
+from vmferry import PieceWriter, UsageError
 from vmferry.errors import PeerSilent
 from vmferry.migration.answers import Answers
 from vmferry.migration.control import Control, RunState
@@ -389,6 +389,26 @@ def test_handlers_of_the_machine_take_part(lab: Lab) -> None:
     assert destination.wait(LONG) == Status.COMPLETED
     assert disk.content == content
     runs_on(destination)
+
+
+class Endless(Disk):
+    """Has as much to write at the end as at the beginning."""
+
+    def pending(self) -> int:
+        return 16
+
+    def iterate(self, piece: PieceWriter) -> None:
+        piece.write(b"more")
+
+
+def test_handler_that_never_ends_keeps_nobody_waiting(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    machine(source).registry.register_iterative(Endless())
+    machine(destination).registry.register_iterative(Disk())
+    source.migrate(address)
+    assert source.wait(LONG) == Status.FAILED
+    assert 'section "disk"' in source.query()["error-desc"]
+    runs_on(source)
 
 
 def test_shared_block_is_left_out_on_both_sides(lab: Lab) -> None:

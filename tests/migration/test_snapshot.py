@@ -190,6 +190,14 @@ class Stuck(Disk):
         pass
 
 
+class Endless(Disk):
+    def pending(self) -> int:
+        return 1 << 60
+
+    def iterate(self, piece: Any) -> None:
+        piece.write(b"more")
+
+
 class Failing(Disk):
     def setup(self, piece: Any) -> None:
         raise ValueError(f"no such disk of {piece.room}")
@@ -211,6 +219,7 @@ class Greedy(Disk):
     [
         (TooMuch, r'at most 20 bytes, found 21 or more \(section "disk"\)'),
         (Stuck, r"some of what is pending, found a piece without a byte"),
+        (Endless, r'less than \d+ bytes pending .*, found \d+ \(section "disk"\)'),
         (Failing, "a state that setup accepts, found no such disk of 20"),
     ],
 )

@@ -95,7 +95,10 @@ class Iterative(Protocol):
         """Begin: write what the other side has to know first."""
 
     def pending(self) -> int:
-        """Bytes that are still to be written, roughly; 0 for none."""
+        """Bytes that are still to be written, roughly; 0 for none.
+
+        While the machine stands still, less and less with the pieces that are written.
+        """
 
     def iterate(self, piece: PieceWriter) -> None:
         """Write some of what is pending."""

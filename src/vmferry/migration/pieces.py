@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Final
 
 from vmferry.errors import StateError
 from vmferry.vmstate.staging import run_hook
@@ -16,6 +17,10 @@ from vmferry.wire.sections import SectionEnd, SectionFooter, SectionPart, Sectio
 
 from .handlers import PieceWriter
 from .registry import Handler, within
+
+_IN_VAIN: Final = 100
+"""Pieces that a handler may write with the machine stopped before less is pending: it is known
+roughly only."""
 
 
 class Pieces:
@@ -52,23 +57,37 @@ class Pieces:
     def iterate(self) -> None:
         """Write what is pending now; what becomes so meanwhile is left for the next call."""
         for number, section in self._handlers:
-            head = SectionPart(number, section.name).encode()
             left = section.handler.pending()
             while left > 0 and section.handler.pending() > 0:
-                written = self._piece(head, number, section, section.handler.iterate)
-                if not written:
-                    raise StateError("some of what is pending", "a piece without a byte").within(
-                        section=section.name
-                    )
-                left -= written
+                left -= self._part(number, section)
 
     def complete(self) -> None:
-        """Write the rest: nothing changes any more."""
-        while self.pending() > 0:
-            self.iterate()
+        """Write the rest: nothing changes any more, so that ever less has to be pending."""
+        for number, section in self._handlers:
+            lowest, in_vain = section.handler.pending(), 0
+            while (pending := section.handler.pending()) > 0:
+                in_vain = 0 if pending < lowest else in_vain + 1
+                lowest = min(lowest, pending)
+                if in_vain > _IN_VAIN:
+                    raise StateError(
+                        f"less than {lowest} bytes pending after {_IN_VAIN} pieces more, as the"
+                        " machine stands still",
+                        str(pending),
+                    ).within(section=section.name)
+                self._part(number, section)
         for number, section in self._handlers:
             head = SectionEnd(number, section.name).encode()
             self._piece(head, number, section, section.handler.complete)
+
+    def _part(self, number: int, section: Handler) -> int:
+        """Write one piece of what is pending; how many bytes of it are the handler's."""
+        head = SectionPart(number, section.name).encode()
+        written = self._piece(head, number, section, section.handler.iterate)
+        if not written:
+            raise StateError("some of what is pending", "a piece without a byte").within(
+                section=section.name
+            )
+        return written
 
     def _piece(
         self, head: bytes, number: int, section: Handler, write: Callable[[PieceWriter], None]
