@@ -249,6 +249,8 @@ def run_event(value: Any, where: str) -> None:
     """A line of ``vmferry run --json``."""
     if value["event"] == "state":
         obj({"event": text, "state": text})(value, where)
+    elif value["event"] == "warning":
+        obj({"event": text, "message": text})(value, where)
     elif value["event"] == "result" and value["ok"]:
         obj(_RESULT | {"reason": text})(value, where)
     else:

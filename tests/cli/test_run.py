@@ -144,10 +144,25 @@ def test_what_is_no_machine_breaks_off_and_says_why(run: Run, tmp_path: Path) ->
     command = run("--incoming", f"unix:{tmp_path}/s", "--json")
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(command.address().removeprefix("unix:"))
-        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        connection.sendall(b"QEVM" + bytes(100))
         assert command.finish() == 3
     schema.run_event(command.events[-1], "result")
     assert len(command.err) == 1
+
+
+def test_who_is_no_machine_is_warned_of_and_the_machine_may_come(run: Run, tmp_path: Path) -> None:
+    source = run("--qmp", tmp_path / "here")
+    destination = run("--incoming", f"unix:{tmp_path}/s", "--json")
+    address = destination.address()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(address.removeprefix("unix:"))
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        destination.wait_for("warning")
+    source.wait_for("running")
+    assert vmferry("migrate", monitored(tmp_path / "here"), address).returncode == 0
+    destination.wait_for('"running"')
+    warning = next(event for event in destination.events if event["event"] == "warning")
+    schema.run_event(warning, "warning")
 
 
 def test_source_that_dies_ends_the_destination_and_no_other(run: Run, tmp_path: Path) -> None:

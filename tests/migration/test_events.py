@@ -16,6 +16,7 @@ from vmferry.migration.events import (
     StatusChanged,
     Stopped,
     Throttled,
+    Warned,
     to_qmp,
 )
 from vmferry.migration.stall import Stall
@@ -27,6 +28,7 @@ from vmferry.qemu import QemuProcess
 def test_what_monitors_hear_of() -> None:
     stall = Stall(5, 2.5, 1 << 20, 1.0, 1.0, 300)
     assert to_qmp(Stalled(stall)) == ("VMFERRY_STALLED", {"message": str(stall)})
+    assert to_qmp(Warned("a")) == ("VMFERRY_WARNING", {"message": "a"})
     assert to_qmp(Stopped()) == ("STOP", {})
     assert to_qmp(Resumed()) == ("RESUME", {})
 

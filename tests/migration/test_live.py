@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import UUID
 
@@ -21,7 +21,7 @@ from tests.migration.relay import Relay
 from tests.transports.support import accepted, background, receive, wait_until
 from tests.vmstate.analyze import ANALYZE, VARIABLE, analyze, find_script
 from vmferry import PieceWriter, UsageError
-from vmferry.errors import PeerSilent
+from vmferry.errors import PeerSilent, TransportError
 from vmferry.migration.answers import Answers
 from vmferry.migration.control import Control, RunState
 from vmferry.migration.destination import Destination
@@ -30,7 +30,7 @@ from vmferry.migration.identity import Identity
 from vmferry.migration.machine_sink import MachineSink
 from vmferry.migration.precopy import Precopy
 from vmferry.migration.progress import Meter
-from vmferry.migration.status import Status
+from vmferry.migration.status import ENDS, Status
 from vmferry.migration.takeover import ABORT, GO, READY
 from vmferry.migration.verdict import Verdict
 from vmferry.transports import RateLimit, connect, listen
@@ -789,6 +789,81 @@ def test_cut_in_the_middle_leaves_it_at_the_source(lab: Lab) -> None:
     relay.cut()
     assert (source.wait(LONG), destination.wait(LONG)) == (Status.FAILED, Status.FAILED)
     runs_on(source)
+
+
+# Connections that are none of a source
+
+
+STRANGERS = {
+    "closes": b"",
+    "closes too early": b"QEV",
+    "is no source": b"GET / HTTP/1.1\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp:127.0.0.1:0"])
+@pytest.mark.parametrize("said", STRANGERS.values(), ids=STRANGERS)
+def test_stranger_does_not_end_the_wait_for_a_machine(lab: Lab, kind: str, said: bytes) -> None:
+    source, destination, address = lab.pair(uri=kind)
+    for _ in range(3):
+        with connect(address) as stranger:
+            if said:
+                stranger.send([said])
+            stranger.end_of_data()
+            with suppress(TransportError):
+                assert receive(stranger) == b""
+    source.migrate(address)
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+    warnings = [event for event in lab.events if event[1] == "VMFERRY_WARNING"]
+    assert len(warnings) == 3
+    assert "no machine came" in str(warnings[0][2])
+
+
+@pytest.mark.parametrize("channels", [0, 2])
+def test_stranger_that_says_nothing_is_dropped_in_the_end(lab: Lab, channels: int) -> None:
+    source, _, _ = lab.pair()
+    destination = lab.side("impatient", PythonMachine())
+    destination.set_parameters({"x-vmferry-hello-deadline": 0.3})
+    address = destination.incoming(lab.uri(name="impatient"))
+    with connect(address) as stranger:
+        assert receive(stranger) == b""
+    with connect(address):  # this one is there when the machine comes
+        source.set_capabilities({"multifd": bool(channels)})
+        source.migrate(address)
+        assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def test_strangers_do_not_prolong_the_wait_for_a_machine(lab: Lab) -> None:
+    destination = lab.side("impatient", PythonMachine())
+    destination.set_parameters({"x-vmferry-listen-deadline": 0.5})
+    address = destination.incoming(lab.uri())
+    while destination.status not in ENDS:
+        with suppress(TransportError), connect(address):
+            time.sleep(0.05)
+    assert destination.status == Status.FAILED
+    assert "for a connection" in str(destination.error)
+
+
+def test_strangers_that_stay_make_no_more_than_a_source_has(lab: Lab) -> None:
+    source, destination, address = lab.pair()
+    with ExitStack() as strangers:
+        for _ in range(300):
+            strangers.enter_context(connect(address))
+        wait_until(lambda: named_threads("peer") >= 257, LONG)
+        time.sleep(0.1)
+        assert named_threads("peer") == 257
+        source.migrate(address)
+    assert source.wait(LONG) == Status.COMPLETED, source.query()
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+
+
+def named_threads(name: str) -> int:
+    return len([thread for thread in threading.enumerate() if thread.name == name])
 
 
 # Parameters that count while it goes

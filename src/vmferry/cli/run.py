@@ -71,11 +71,14 @@ def command(
     def tell(state: str) -> None:
         report.happened("state", _WORDS.get(state, state), state=state)
 
+    def warn(message: str) -> None:
+        report.happened("warning", f"warning: {message}", message=message)
+
     def work(control: Work) -> str:
         config = read_config(machine)
         with (
             _writer(serial) as feed,
-            Host(config, incoming=incoming, monitor=qmp, serial=feed) as host,
+            Host(config, incoming=incoming, monitor=qmp, serial=feed, warned=warn) as host,
         ):
             control.begun(host)
             if host.address is not None:

@@ -23,6 +23,7 @@ from vmferry.errors import (
 )
 from vmferry.transports import Channel, Listener
 from vmferry.units import format_duration
+from vmferry.wire import layout as stream
 from vmferry.wire.multifd import MAGIC, Method, MultifdReader
 from vmferry.wire.ram import RamBlock, RamPages
 
@@ -62,6 +63,10 @@ class Connections:
     The first failure of any channel but the main one is kept in :attr:`failure` and breaks all the
     others.  *store* takes the pages of multifd channels, *refuse* tells the source of a failure and
     ends the main channel soon, *received* is told how many bytes came through a multifd channel.
+
+    A connection that is none of a source is dropped, and *dropped* is told why, as long as no main
+    channel has come; also later where it is older, as the main channel is the first one that a
+    source opens.  Without *dropped* the first connection decides, as with a QEMU.
     """
 
     def __init__(
@@ -71,12 +76,14 @@ class Connections:
         store: Callable[[RamPages], None],
         refuse: Callable[[BaseException], None],
         received: Callable[[int], None],
+        dropped: Callable[[Exception], None] | None = None,
     ) -> None:
         self._listener = listener
         self._deadlines = deadlines
         self._store = store
         self._refuse = refuse
         self._received = received
+        self._dropped = None if listener.single else dropped
         self._barrier = SyncBarrier()
         self._blocks: dict[str, RamBlock] = {}
         self._page_size = 0
@@ -110,7 +117,8 @@ class Connections:
 
     def accept_main(self) -> tuple[Channel, bytes]:
         """Wait for the main channel; returns it and the bytes read from it already."""
-        self._accept(self._deadlines.connect)
+        began = time.monotonic()
+        patience = left = self._deadlines.connect
         while True:
             with self._changed:
                 self._changed.wait_for(
@@ -120,8 +128,10 @@ class Connections:
             self.check()
             if self._main is not None:
                 return self._main
-            if all_known or self._listener.pending():
-                self._accept(self._deadlines.first)
+            if len(self._channels) < _MOST and (all_known or self._listener.pending()):
+                self._accept(self._deadlines.first if self._pages else left)
+                if patience is not None:
+                    left = max(began + patience - time.monotonic(), 0.0)
 
     def announce_ram(self, blocks: dict[str, RamBlock], page_size: int) -> None:
         """Guest memory is known: channels may read packets."""
@@ -184,6 +194,7 @@ class Connections:
             if len(self._channels) > _MOST:
                 raise LimitExceeded(f"at most {_MOST} connections", "more")
             self._unknown.add(channel)
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
         thread = threading.Thread(target=self._serve, args=(channel,), name="peer", daemon=True)
         thread.start()
         self._threads.append(thread)
@@ -207,11 +218,31 @@ class Connections:
         try:
             head = read_magic(channel, self._deadlines.first)
             pages = self._identify(channel, head)
+        except Exception as error:  # noqa: BLE001 - handed to the thread that reports it
+            if not self._drop(channel, error) and channel not in self._preempt:
+                self._fail(error)
+            return
+        try:
             if pages is not None:
                 pages.run()
-        except Exception as error:  # noqa: BLE001 - handed to the thread that reports it
+        except Exception as error:  # noqa: BLE001 - as above
             if channel not in self._preempt:
                 self._fail(error)
+
+    def _drop(self, channel: Channel, error: Exception) -> bool:
+        """Close a connection that is none of the source, where that can be known."""
+        with self._changed:
+            if self._dropped is None or self.failure is not None or self._settled:
+                return False
+            order = self._channels.index
+            if self._main is not None and order(channel) > order(self._main[0]):
+                return False
+            self._channels.remove(channel)
+            self._unknown.discard(channel)
+            self._changed.notify_all()
+        channel.close()
+        self._dropped(error)
+        return True
 
     def _identify(self, channel: Channel, head: bytes) -> PageChannel | None:
         """What a connection is by its first bytes: its reader, if it is a multifd channel."""
@@ -222,7 +253,8 @@ class Connections:
                 return None
             if head == MAGIC:
                 return self._add_pages(channel, head)
-            if self._main is None:
+            is_first = self._main is None
+            if is_first and (self._dropped is None or head == stream.MAGIC):
                 # What is no stream at all is refused by the reader, in its own words.
                 self._main = channel, head
                 return None
@@ -231,6 +263,8 @@ class Connections:
                 self._preempt.add(channel)
                 return None
         expected = f"a multifd channel with magic {MAGIC.hex()}"
+        if is_first:
+            expected = f"a migration stream with magic {stream.MAGIC.hex()}"
         raise StreamError(expected, head.hex() or "its end", channel=channel.name, offset=0)
 
     def _add_pages(self, channel: Channel, head: bytes) -> PageChannel:

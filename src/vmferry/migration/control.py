@@ -22,7 +22,7 @@ from . import parameters as params
 from .capabilities import Capability
 from .connections import Deadlines
 from .destination import Destination
-from .events import OPTIONAL, Event, Resumed, Stalled, StatusChanged, Stopped, to_qmp
+from .events import OPTIONAL, Event, Resumed, Stalled, StatusChanged, Stopped, Warned, to_qmp
 from .live import LiveSource
 from .machine import LiveMachine
 from .machine_sink import MachineSink
@@ -49,8 +49,9 @@ class RunState(StrEnum):
 class Control:
     """Migrates one *machine*, as QEMU's monitor lets you; any thread may call.
 
-    *notify* is told QMP's events: ``STOP``, ``RESUME``, ``VMFERRY_STALLED``, and with capability
-    ``events`` ``MIGRATION`` and ``MIGRATION_PASS``; :meth:`watch` gives all there is.  A machine
+    *notify* is told QMP's events: ``STOP``, ``RESUME``, ``VMFERRY_STALLED``, ``VMFERRY_WARNING``,
+    and with capability ``events`` ``MIGRATION`` and ``MIGRATION_PASS``; :meth:`watch` gives all
+    there is.  A machine
     that is *awaited* has nothing in it that could run before :meth:`incoming` has brought it.  What
     a method raises is a :class:`~vmferry.errors.VmferryError`, and nothing has changed then.
     """
@@ -203,6 +204,7 @@ class Control:
                 ),
                 max_ram=sys.maxsize,  # the sink takes what the machine has, and nothing else
                 taken=lambda: self._taken(sink),
+                dropped=self._dropped,
                 loader=sink,
             )
             track = self._new_track(DESTINATION)
@@ -306,6 +308,9 @@ class Control:
             error = failure
         with self._lock:
             self._end(Status.COMPLETED if error is None else Status.FAILED, error)
+
+    def _dropped(self, error: Exception) -> None:
+        self._tell(Warned(f"a connection over which no machine came was dropped: {error}"))
 
     def _taken(self, sink: MachineSink) -> None:
         """The machine is this side's."""

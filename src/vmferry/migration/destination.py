@@ -73,8 +73,9 @@ class Destination:
     that means well never sends it.  *switchover_ack* says whether to acknowledge the switchover,
     which a source with ``switchover-ack`` waits for and one before QEMU 8.1 refuses to hear
     (default: by the version of the machine type).  *taken* is called as soon as the machine is this
-    side's, before the connections are closed.  *loader* knows the machine's devices and takes them;
-    without one the stream's own description tells them apart, and the sink keeps them.
+    side's, before the connections are closed.  *dropped* is told of connections that were none of a
+    source, see :class:`~.connections.Connections`.  *loader* knows the machine's devices and takes
+    them; without one the stream's own description tells them apart, and the sink keeps them.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Destination:
         tolerate: Tolerate = Tolerate.NOTHING,
         switchover_ack: bool | None = None,
         taken: Callable[[], None] | None = None,
+        dropped: Callable[[Exception], None] | None = None,
         loader: Loader | None = None,
     ) -> None:
         self._sink = sink
@@ -105,7 +107,7 @@ class Destination:
         )
         self._answers = Answers(self._deadlines.idle)
         self._connections = Connections(
-            listener, self._deadlines, self._store, self._refuse, self._moved
+            listener, self._deadlines, self._store, self._refuse, self._moved, dropped
         )
         self._switchover_ack = switchover_ack
         self._claims = PageClaims()

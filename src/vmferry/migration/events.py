@@ -1,7 +1,8 @@
 """What happens to a migration, for a user to iterate over, and the QMP events that some of it is.
 
 QEMU 7.2 ``qapi/run-state.json``: ``STOP`` and ``RESUME``; ``qapi/migration.json``: ``MIGRATION``
-and ``MIGRATION_PASS``, both only with capability ``events``.  ``VMFERRY_STALLED`` is not QEMU's.
+and ``MIGRATION_PASS``, both only with capability ``events``.  ``VMFERRY_STALLED`` and
+``VMFERRY_WARNING`` are not QEMU's.
 """
 
 from __future__ import annotations
@@ -51,6 +52,13 @@ class Stalled:
 
 
 @dataclass(frozen=True, slots=True)
+class Warned:
+    """Something went wrong, and the migration goes on, or is not changed by it any more."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """The machine was stopped, so that the rest of it can be sent."""
 
@@ -60,10 +68,22 @@ class Resumed:
     """The machine runs: here again, or here for the first time."""
 
 
-Event = StatusChanged | Pass | Progress | Throttled | DowntimeRaised | Stalled | Stopped | Resumed
+Event = (
+    StatusChanged
+    | Pass
+    | Progress
+    | Throttled
+    | DowntimeRaised
+    | Stalled
+    | Warned
+    | Stopped
+    | Resumed
+)
 """Everything that happens; progress every tenth of a second or so, that of a source as
 :class:`~vmferry.migration.statistics.LiveProgress`."""
 
+
+WARNING: Final = "VMFERRY_WARNING"
 
 OPTIONAL: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
 """The QMP events that are for capability ``events`` only."""
@@ -71,16 +91,18 @@ OPTIONAL: Final = frozenset({"MIGRATION", "MIGRATION_PASS"})
 
 def to_qmp(event: Event) -> tuple[str, dict[str, object]] | None:
     """The name and the data of the QMP event that *event* is; ``None`` where QEMU has none."""
+    told: tuple[str, dict[str, object]] | None = None
     match event:
         case StatusChanged(status):
-            return "MIGRATION", {"status": str(status)}
+            told = "MIGRATION", {"status": str(status)}
         case Pass(number):
-            return "MIGRATION_PASS", {"pass": number}
+            told = "MIGRATION_PASS", {"pass": number}
         case Stopped():
-            return "STOP", {}
+            told = "STOP", {}
         case Resumed():
-            return "RESUME", {}
+            told = "RESUME", {}
         case Stalled(report):
-            return "VMFERRY_STALLED", {"message": str(report)}
-        case _:
-            return None
+            told = "VMFERRY_STALLED", {"message": str(report)}
+        case Warned(message):
+            told = WARNING, {"message": message}
+    return told

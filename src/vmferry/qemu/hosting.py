@@ -14,6 +14,7 @@ from vmferry.machines import HostedMachine, MachineConfig, create
 from vmferry.machines.guest.console import Console
 from vmferry.machines.observer import check
 from vmferry.migration.control import Control, RunState
+from vmferry.migration.events import WARNING
 from vmferry.migration.status import Status
 from vmferry.qemu.commands import Command
 from vmferry.qemu.messages import Object
@@ -44,7 +45,7 @@ class Host:
     The guest starts at once; with *incoming*, a URI, it is one that is migrated to there instead,
     or with ``defer`` to where a client of the monitor says.  *monitor* is the path of a unix socket
     for QMP.  *serial* is called with what the guest sends on its serial port, by a thread that must
-    not be kept waiting.
+    not be kept waiting; *warned* with what an operator should know of a migration that goes on.
 
     Inside the block: ``machine``; ``control``, to migrate it; ``console``, what the guest's lines
     mean; ``address``, where a machine is waited for, or ``None``.
@@ -57,11 +58,13 @@ class Host:
         incoming: str | None = None,
         monitor: str | os.PathLike[str] | None = None,
         serial: Callable[[bytes], None] | None = None,
+        warned: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
         self._incoming = incoming
         self._monitor = monitor
         self._serial = serial
+        self._warned = warned
         self._server: QmpServer | None = None
         self._reasons: SimpleQueue[str] = SimpleQueue()
         self._cleanup = ExitStack()
@@ -167,5 +170,7 @@ class Host:
             self._serial(data)
 
     def _notify(self, event: str, data: dict[str, Any]) -> None:
+        if event == WARNING and self._warned is not None:
+            self._warned(data["message"])
         if self._server is not None:
             self._server.emit(event, data)

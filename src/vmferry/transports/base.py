@@ -94,9 +94,13 @@ class Channel(_Closing):
 
 
 class Listener(_Closing):
-    """Where peers connect to.  ``address`` is the URI for a peer on this machine to do so."""
+    """Where peers connect to.  ``address`` is the URI for a peer on this machine to do so.
+
+    ``single`` is whether there is one channel only, so that nobody else can be waited for.
+    """
 
     address: str
+    single: bool = False
 
     @abstractmethod
     def accept(self, timeout: float | None = None) -> Channel | None:

@@ -81,6 +81,8 @@ def _open(
 class SingleListener(Listener):
     """What has one channel, and has it already."""
 
+    single = True
+
     def __init__(self, channel: Channel, address: str) -> None:
         self.address = address
         self._lock = threading.Lock()
