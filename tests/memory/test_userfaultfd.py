@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -13,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.memory.logs import PAGE, Guest, collect, guest, need_userfaultfd
+from tests.memory.logs import PAGE, collect, guest, need_userfaultfd
 from vmferry import UsageError
 from vmferry.memory import GuestMemory, MemoryBlock, open_dirty_log, userfaultfd
 
-HUGE = 2 << 20
 MADV_DONTNEED = 4
 MADV_COLLAPSE = 25
 
@@ -35,17 +33,6 @@ def page_tables() -> int:
     """KiB of page tables of this process."""
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index("VmPTE:") + 1])
-
-
-def aligned(made: Guest) -> MemoryBlock:
-    """A block that begins where a huge page can; the kernel puts one mapping below the other."""
-    fillers = []
-    for number in range(100):
-        block = made.add(f"ram {number}", 2048)
-        if block.address % HUGE == 0:
-            return block
-        fillers.append(mmap.mmap(-1, block.address % HUGE))
-    return pytest.fail("no mapping begins where a huge page can")
 
 
 @pytest.mark.parametrize("touched", [0, 1, 1024])
@@ -89,7 +76,7 @@ def test_pages_that_another_mapping_filled_are_told_from_those_that_were_written
 
 def test_huge_pages_are_logged_by_small_ones() -> None:
     with guest("userfaultfd") as made:
-        block = aligned(made)
+        block = made.add("ram", 2048)
         block.array[:] = 1
         if error := advise(block, 0, block.pages, MADV_COLLAPSE):
             pytest.skip(f"no huge pages by MADV_COLLAPSE: {os.strerror(error)}")

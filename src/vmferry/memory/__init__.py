@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from .blocks import GuestMemory, MemoryBlock
-from .holes import PAGE_SIZE
+from .holes import PAGE_SIZE, REGION
 from .kvm import KvmSlots
 from .log import DirtyLog, open_dirty_log
 
 __all__ = [
     "PAGE_SIZE",
+    "REGION",
     "DirtyLog",
     "GuestMemory",
     "KvmSlots",

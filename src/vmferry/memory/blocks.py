@@ -18,6 +18,7 @@ from vmferry.errors import UsageError, VmferryError, printable
 from vmferry.units import format_size
 
 from .holes import PAGE_SIZE, next_populated, populated
+from .mapping import Mapping
 
 _MAX_NAME: Final = 255
 """Bytes of a name: its length is one byte on the wire (QEMU 7.2 ``migration/ram.c``)."""
@@ -51,11 +52,11 @@ class MemoryBlock:
             cleanup.callback(os.close, self.fd)
             os.ftruncate(self.fd, size)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            mapping = mmap.mmap(self.fd, size)
+            mapping = Mapping(self.fd, size)
             cleanup.pop_all()
-        self.array: npt.NDArray[np.uint8] = np.frombuffer(mapping, np.uint8)
-        self.view = memoryview(mapping)
-        self.address: Final = self.array.ctypes.data
+        self.array: npt.NDArray[np.uint8] = mapping.array
+        self.view = mapping.view
+        self.address: Final = mapping.address
         self._mappings = {self.address: mapping}
         self.use_huge_pages(self.address, on=True)
 
@@ -65,7 +66,11 @@ class MemoryBlock:
         Raises :class:`~vmferry.errors.VmferryError` where the host does not have as much.
         """
         with _refusal(self.name, self.size):
-            self._mappings[self.address].madvise(_POPULATE_WRITE)
+            self._mappings[self.address].advise(_POPULATE_WRITE)
+
+    def collapse(self, region: int) -> None:
+        """Have a *region* of 2 MiB, by its number, in one huge page (:meth:`Mapping.collapse`)."""
+        self._mappings[self.address].collapse(region)
 
     @property
     def pages(self) -> int:
@@ -92,30 +97,26 @@ class MemoryBlock:
     def map_again(self) -> int:
         """One more mapping of the block; its address.  See :meth:`GuestMemory.map_for_vcpus`."""
         with _refusal(self.name, self.size):
-            mapping = mmap.mmap(self.fd, self.size)
-        address = np.frombuffer(mapping, np.uint8).ctypes.data
-        self._mappings[address] = mapping
-        self.use_huge_pages(address, on=True)
-        return address
+            mapping = Mapping(self.fd, self.size)
+        self._mappings[mapping.address] = mapping
+        self.use_huge_pages(mapping.address, on=True)
+        return mapping.address
 
     def use_huge_pages(self, address: int, *, on: bool) -> None:
         """Let a mapping have huge pages, where the host has them for shared memory, or not.
 
         ``/sys/kernel/mm/transparent_hugepage/shmem_enabled`` says whether it has.
         """
-        mapping = self._mappings[address]
-        if not mapping.closed:
-            # EINVAL where the kernel has no huge pages: that is right, too.
-            with contextlib.suppress(OSError):
-                mapping.madvise(mmap.MADV_HUGEPAGE if on else mmap.MADV_NOHUGEPAGE)
+        # EINVAL where the kernel has no huge pages: that is right, too.
+        with contextlib.suppress(OSError):
+            self._mappings[address].advise(mmap.MADV_HUGEPAGE if on else mmap.MADV_NOHUGEPAGE)
 
     def close(self) -> None:
         """Give the memory back, as soon as nobody holds a view of it any more."""
         self.view.release()
         self.array = np.empty(0, np.uint8)
         for mapping in self._mappings.values():
-            with contextlib.suppress(BufferError):
-                mapping.close()
+            mapping.close()
         os.close(self.fd)
 
     def __repr__(self) -> str:

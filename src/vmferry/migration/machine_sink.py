@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from vmferry.errors import StreamError, printable
-from vmferry.memory import PAGE_SIZE, MemoryBlock
-from vmferry.pages import Rows, apply_records
-from vmferry.pages.placing import place_rows
+from vmferry.memory import PAGE_SIZE
 from vmferry.wire.bitmap import BitmapRecord
 from vmferry.wire.configuration import Configuration
 from vmferry.wire.description import VmDescription
@@ -23,6 +18,7 @@ from vmferry.wire.ram import RamBlocks, RamPages
 from vmferry.wire.sections import SectionStart
 from vmferry.wire.split import DecodedDevices
 
+from .incoming import IncomingBlock
 from .loading import Staging, load_piece
 from .machine import LiveMachine
 from .registry import Handler, Registry
@@ -41,7 +37,7 @@ class MachineSink:
         behind = Registry()
         behind.register(self._run_state)
         self._staging = Staging(machine.registry, behind)
-        self._blocks: dict[str, tuple[MemoryBlock, npt.NDArray[np.uint8]]] = {}
+        self._blocks: dict[str, IncomingBlock] = {}
         self._handlers: dict[int, Handler] = {}
         self._ignores_shared = False
         self._configuration: tuple[Configuration | None, int] = None, 0
@@ -80,7 +76,7 @@ class MachineSink:
         if missing := wanted.keys() - found.keys():
             raise StreamError(f"RAM block {printable(min(missing))} as well", "no such block")
         self._blocks = {
-            name: (block, block.populated())
+            name: IncomingBlock(block)
             for name, block in wanted.items()
             if not (block.shared and self._ignores_shared)
         }
@@ -90,13 +86,8 @@ class MachineSink:
         name = batch.block.name
         if name not in self._blocks:
             raise StreamError("no content of a block that both sides share", "a page", block=name)
-        block, known = self._blocks[name]
-
-        def place(rows: Rows, first: int, data: memoryview) -> int:
-            return apply_records(block.array, rows, first, data, PAGE_SIZE, known, block.fd)
-
         try:
-            place_rows(place, batch.rows, batch.data, PAGE_SIZE)
+            self._blocks[name].place(batch.rows, batch.data)
         except StreamError as error:
             error.place = replace(error.place, offset=batch.start + (error.place.offset or 0))
             raise error.within(section="ram", block=name) from None
