@@ -28,6 +28,8 @@ POINTS: Final = frozenset(
         "ready-heard",
         "go-said",
         "shut-heard",
+        "package-sent",
+        "loaded-heard",
         # of a destination
         "memory-known",
         "pages-stored",

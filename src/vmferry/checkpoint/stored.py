@@ -66,6 +66,16 @@ class StoredPages:
                 count -= len(left.pop(0))
             left[0] = left[0][count:]
 
+    def data_from(self, offset: int) -> tuple[int, int] | None:
+        """The first stretch from *offset* on that is no hole, as bytes from and to."""
+        try:
+            start = os.lseek(self._fd, offset, os.SEEK_DATA)
+            return start, os.lseek(self._fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return None
+            raise storage_error(self.path, "read", error) from None
+
     def verify(self) -> None:
         """Hold every page against its sum; holes are not read."""
         step = max(_CHUNK // self.page_size, 1)
@@ -86,12 +96,8 @@ class StoredPages:
 
     def _next_data(self, page: int) -> int:
         """The first page from *page* on that is not in a hole."""
-        try:
-            return os.lseek(self._fd, page * self.page_size, os.SEEK_DATA) // self.page_size
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return len(self.sums)
-            raise storage_error(self.path, "read", error) from None
+        found = self.data_from(page * self.page_size)
+        return len(self.sums) if found is None else found[0] // self.page_size
 
     def _compare(self, first: int, expected: Sums, found: Sums) -> None:
         wrong = np.flatnonzero(expected != found)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, demo, inspect, migrate, receive, run, schema, send, status
+from . import convert, demo, inspect, migrate, receive, restore, run, schema, send, status
 
 # Without rich: its import alone costs more than all the rest of --help.
 app = typer.Typer(
@@ -50,4 +50,9 @@ for _verb, _module, _help in (
     ("convert", convert, "Make a memory image, a core file or a stream of it."),
 ):
     app.command(_verb, short_help=_help)(_module.command)
+app.command(
+    "restore",
+    short_help="Run a saved machine at once in a QEMU; its memory follows.",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
+)(restore.command)
 app.add_typer(schema.verbs, name="schema", short_help="Compare the device state of programs.")

@@ -81,6 +81,17 @@ class Channel(_Closing):
     def end_of_data(self) -> None:
         """Say that nothing more will be sent; still listen where ``duplex``.  Idempotent."""
 
+    def turn(self, timeout: float | None, *, sending: bool) -> tuple[bool, bool]:  # noqa: ARG002
+        """Wait until there is something to receive, or where *sending* room to send.
+
+        Whether there is either; neither after *timeout* seconds.  Raises :class:`UsageError` where
+        the transport cannot tell.
+        """
+        raise UsageError(f"{printable(self.name)}: cannot wait for both directions at once")
+
+    def keep_little(self, nbytes: int) -> None:
+        """Have :meth:`turn` tell of room only where at most about *nbytes* wait to go out."""
+
     def unsent(self) -> int:
         """About how many bytes wait on this side to go out; 0 where nobody knows."""
         return 0

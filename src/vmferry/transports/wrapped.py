@@ -36,6 +36,14 @@ class WrappedChannel(Channel):
         """See :meth:`Channel.end_of_data`."""
         self._channel.end_of_data()
 
+    def turn(self, timeout: float | None, *, sending: bool) -> tuple[bool, bool]:
+        """See :meth:`Channel.turn`."""
+        return self._channel.turn(timeout, sending=sending)
+
+    def keep_little(self, nbytes: int) -> None:
+        """See :meth:`Channel.keep_little`."""
+        self._channel.keep_little(nbytes)
+
     def unsent(self) -> int:
         """See :meth:`Channel.unsent`."""
         return self._channel.unsent()

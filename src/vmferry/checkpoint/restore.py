@@ -1,0 +1,277 @@
+"""Running a saved machine at once, in a QEMU that was never changed: its memory follows."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+
+from vmferry.errors import CheckpointDamaged, UsageError
+from vmferry.migration.postcopy.source import LazyOptions, LazySource, Paused, Service, quantiles
+from vmferry.migration.progress import Meter, Report
+from vmferry.migration.run_state import RUNNING
+from vmferry.pages import page_sums
+from vmferry.qemu.qmp import Qmp
+from vmferry.qemu.waiting import WaitingQemu, listen_again
+from vmferry.transports import connect
+from vmferry.wire.ram import RamBlock
+
+from . import working_set
+from .checkpoint import Checkpoint
+from .stored import StoredPages
+
+_PATIENCE: Final = 30.0
+"""Seconds that QMP may take to tell that the machine runs."""
+
+_AGAIN: Final = 0.5
+"""Seconds before a restore that was broken off is taken up again."""
+
+_BUCKETS: Final = (10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240)
+"""Bounds of the histogram of service times, in microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """How a restore went; seconds since the connection.
+
+    ``running`` is when the machine ran, by QMP's event, or without QMP when its devices were
+    loaded; ``None`` where it is paused.  ``took`` has the seconds from when a request was read to
+    when its page was written, ``late`` counts requests for pages that were under way already.
+    """
+
+    running: float | None
+    loaded: float
+    total: float
+    requests: int
+    late: int
+    pages: int
+    took: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``json.dumps``; times in milliseconds and microseconds, as named."""
+        micro = np.asarray(self.took) * 1e6
+        median, most = quantiles(self.took)
+        edges = np.array([0, *_BUCKETS, np.inf])
+        counts = np.histogram(micro, edges)[0].tolist()
+        return {
+            "time_to_running_ms": None if self.running is None else round(self.running * 1e3, 2),
+            "time_to_loaded_ms": round(self.loaded * 1e3, 2),
+            "requests": self.requests,
+            "late_requests": self.late,
+            "pages_sent": self.pages,
+            "fault_service_us": {
+                "median": round(median * 1e6, 1),
+                "p99": round(most * 1e6, 1),
+                "histogram": [
+                    [bound, count] for bound, count in zip([*_BUCKETS, None], counts, strict=True)
+                ],
+            },
+            "total_ms": round(self.total * 1e3, 1),
+        }
+
+
+class Restore:
+    """One restore of *checkpoint* into what waits at *uri*; :meth:`run` it once.
+
+    *qmp* is a session with the QEMU that waits: then it is made to listen, and the checkpoint is
+    held against it first.  With ``options.resume`` its migration is paused and goes on.  *verify*
+    holds each page against its checksum before it is sent.  *learn*: push what was wanted first in
+    earlier restores, and note what is wanted in this one.  *paused* hears of a connection that was
+    lost, or a page that could not be read, while the machine runs: with *qmp* it is taken up again.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        uri: str,
+        *,
+        qmp: Qmp | None = None,
+        options: LazyOptions | None = None,
+        progress: Report | None = None,
+        verify: bool = False,
+        learn: bool = True,
+        paused: Callable[[Paused], None] = lambda _: None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._uri = uri
+        self._qmp = qmp
+        self._options = options or LazyOptions()
+        self._meter = Meter(progress)
+        self._machine = _Verified(checkpoint) if verify else checkpoint
+        self._learn = learn and not self._options.resume
+        self._paused = paused
+        self._source: LazySource | None = None
+        self._done = False
+        self._cancelled = threading.Event()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a machine runs that lacks memory."""
+        source = self._source
+        return source is not None and source.service.loaded is not None and not self._done
+
+    def cancel(self) -> bool:
+        """Give up, from any thread."""
+        self._cancelled.set()
+        if self._source is not None:
+            self._source.cancel()
+        return True
+
+    def run(self) -> Restored:
+        """Serve until the machine has all of its memory.
+
+        Raises :class:`~vmferry.migration.postcopy.source.Paused` where the connection is lost while
+        the machine runs, :class:`~vmferry.errors.Refused` where another machine waits, and what
+        :func:`~vmferry.checkpoint.transfer.send` raises.
+        """
+        waiting = self._prepare()
+        pages = [block.length // self._checkpoint.page_size for block in self._checkpoint.blocks]
+        known = working_set.read(self._checkpoint.path, pages)
+        first, held = known.split() if self._learn else ([], set())
+        source = self._begin(self._options, Service())
+        per_unit = [block.unit // self._checkpoint.page_size for block in source.blocks]
+        source.expect(working_set.units_of(first, per_unit))
+        began = time.time()
+        try:
+            self._serve(source)
+        finally:
+            self._done = True
+            if self._learn and source.service.loaded is not None:
+                asked = [(n, unit * per_unit[n]) for n, unit, _ in source.service.asked]
+                working_set.write(self._checkpoint.path, known.after(asked, held))
+        return self._restored(source.service, time.time() - began, began, waiting)
+
+    def _begin(self, options: LazyOptions, service: Service) -> LazySource:
+        source = self._source = LazySource(
+            self._machine,
+            lambda given_up: connect(self._uri, given_up=given_up),
+            options=options,
+            meter=self._meter,
+            service=service,
+        )
+        if self._cancelled.is_set():
+            source.cancel()
+        return source
+
+    def _serve(self, source: LazySource) -> None:
+        while True:
+            try:
+                return source.run()
+            except Paused as error:
+                if self._qmp is None:
+                    raise
+                self._paused(error)
+                last = error
+            source = self._taken_up(self._qmp, source, last)
+
+    def _taken_up(self, qmp: Qmp, source: LazySource, error: Paused) -> LazySource:
+        """A source that goes on, once the destination listens again."""
+        while not self._cancelled.wait(_AGAIN):
+            try:
+                listen_again(qmp, self._uri)
+                return self._begin(replace(self._options, resume=True), source.service)
+            except UsageError:
+                continue  # it has not noticed yet
+        raise error
+
+    def _restored(
+        self, service: Service, total: float, began: float, waiting: WaitingQemu | None
+    ) -> Restored:
+        running = service.loaded
+        if waiting is not None:
+            paused = is_paused(self._checkpoint)
+            running = None if paused else waiting.running_at(_PATIENCE) - began
+        return Restored(
+            running,
+            service.loaded or 0.0,
+            total,
+            service.requests,
+            service.late,
+            service.pages,
+            service.took,
+        )
+
+    def _prepare(self) -> WaitingQemu | None:
+        if self._qmp is None:
+            return None
+        if self._options.resume:
+            listen_again(self._qmp, self._uri)
+            return None
+        waiting = WaitingQemu(self._qmp)
+        sizes = waiting.check(self._checkpoint.blocks)
+        stated = {**sizes, **self._options.page_sizes}
+        self._options = replace(self._options, page_sizes=stated)
+        paused = is_paused(self._checkpoint)
+        waiting.listen(self._uri, preempt=self._options.preempt, paused=paused)
+        return waiting
+
+
+def is_paused(checkpoint: Checkpoint) -> bool:
+    """Whether the machine stood still when it was saved (section ``globalstate``)."""
+    for section in checkpoint.device_sections:
+        if section.name == "globalstate":
+            state = bytes(section.body)[4:].split(b"\0", 1)[0]
+            return state != RUNNING.encode()
+    return False
+
+
+class _Verified:
+    """A checkpoint whose pages are held against their checksums as they are read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def memory(self, block: RamBlock) -> _VerifiedPages | None:
+        """The content of a block."""
+        pages = self._checkpoint.memory(block)
+        return None if pages is None else _VerifiedPages(pages)
+
+
+class _VerifiedPages:
+    def __init__(self, pages: StoredPages) -> None:
+        self._pages = pages
+        self.sums = pages.sums
+        self.data_from = pages.data_from
+
+    def read(self, offset: int, *buffers: memoryview) -> None:
+        """As :meth:`StoredPages.read`; raises :class:`CheckpointDamaged` for a wrong page."""
+        self._pages.read(offset, *buffers)
+        size = self._pages.page_size
+        for buffer in buffers:
+            first, count = offset // size, len(buffer) // size
+            found = np.zeros(count, np.uint64)
+            page_sums(buffer, size, found)
+            wrong = np.flatnonzero(found != self.sums[first : first + count])
+            if len(wrong):
+                raise CheckpointDamaged(
+                    f"{self._pages.path}: the page at {(first + int(wrong[0])) * size:#x} is"
+                    " damaged: its content does not match its sum"
+                )
+            offset += len(buffer)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    uri: str,
+    *,
+    qmp: Qmp | None = None,
+    options: LazyOptions | None = None,
+    progress: Report | None = None,
+    verify: bool = False,
+    learn: bool = True,
+    started: Callable[[Restore], None] | None = None,
+) -> Restored:
+    """As :class:`Restore`; *started* gets it before anything is sent."""
+    work = Restore(
+        checkpoint, uri, qmp=qmp, options=options, progress=progress, verify=verify, learn=learn
+    )
+    if started is not None:
+        started(work)
+    return work.run()

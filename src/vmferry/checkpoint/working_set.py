@@ -1,0 +1,127 @@
+"""The working set of a saved machine: which pages it asked for first when it was resumed.
+
+It stands beside the manifest, in ``working-set.npz``, and is no part of the machine: it may be
+missing, old or wrong, and only costs time then.  Replaced as a whole, so that restores that run at
+the same time leave that of one of them.
+
+Pages that are sent before they are asked for are never seen to be needed.  So one in
+``_SAMPLE`` of them is held back in each restore: asked for again it stays, otherwise it loses
+trust, and leaves the set with the last of it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from .files import open_inside
+
+NAME: Final = "working-set.npz"
+
+_MAX: Final = 1 << 20
+"""Pages in a set, 4 GiB of small ones."""
+
+_MAX_BYTES: Final = 64 << 20
+_SAMPLE: Final = 16
+_TRUST: Final = 2
+
+_ENTRY: Final = np.dtype([("block", "<u2"), ("page", "<u4"), ("trust", "u1")])
+_LAST: Final = np.dtype([("restores", "<u4"), ("asked", "<u4"), ("pushed", "<u4")])
+
+Entries = npt.NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingSet:
+    """Pages in the order in which they were wanted; a page is a target page of a block.
+
+    ``restores`` counts those that it is made of; in the last of them ``pushed`` pages were sent
+    before anybody asked, and ``asked`` were asked for.
+    """
+
+    entries: Entries
+    restores: int = 0
+    asked: int = 0
+    pushed: int = 0
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of the pages wanted at the last restore that were there; ``None`` if unknown."""
+        wanted = self.asked + self.pushed
+        return self.pushed / wanted if self.restores > 1 and wanted else None
+
+    def split(self) -> tuple[list[tuple[int, int]], set[tuple[int, int]]]:
+        """What to send first, and what of the set to hold back this time."""
+        pages = list(
+            zip(self.entries["block"].tolist(), self.entries["page"].tolist(), strict=True)
+        )
+        held = set(pages[self.restores % _SAMPLE :: _SAMPLE]) if self.restores > 1 else set()
+        return [page for page in pages if page not in held], held
+
+    def after(self, asked: Sequence[tuple[int, int]], held: set[tuple[int, int]]) -> WorkingSet:
+        """The set behind a restore in which *asked* were asked for, in this order."""
+        wanted = dict.fromkeys(asked)
+        rows = []
+        for block, page, trust in self.entries.tolist():
+            if (block, page) in wanted:
+                rows.append((block, page, _TRUST))
+                del wanted[block, page]
+            elif (block, page) not in held:
+                rows.append((block, page, trust))
+            elif trust > 1:
+                rows.append((block, page, trust - 1))
+        rows += [(block, page, _TRUST) for block, page in wanted]
+        pushed = len(self.entries) - len(held)
+        entries = np.array(rows[:_MAX], _ENTRY)
+        return WorkingSet(entries, self.restores + 1, len(set(asked)), pushed)
+
+
+def read(directory: Path, pages: Sequence[int]) -> WorkingSet:
+    """The set of a checkpoint whose blocks have so many *pages*; empty where there is none."""
+    empty = WorkingSet(np.zeros(0, _ENTRY))
+    try:
+        descriptor = open_inside(directory, NAME)
+    except OSError:
+        return empty
+    with os.fdopen(descriptor, "rb") as file, suppress(OSError, ValueError, KeyError, EOFError):
+        if os.fstat(descriptor).st_size > _MAX_BYTES:
+            return empty
+        with suppress(zipfile.BadZipFile):
+            loaded = np.load(io.BytesIO(file.read()), allow_pickle=False)
+            entries, last = loaded["entries"], loaded["last"]
+            if entries.dtype != _ENTRY or entries.ndim != 1 or len(entries) > _MAX:
+                return empty
+            if last.dtype != _LAST or last.shape != ():
+                return empty
+            known = entries["block"] < len(pages)
+            most = np.asarray([*pages, 0])[np.where(known, entries["block"], len(pages))]
+            return WorkingSet(entries[entries["page"] < most], *map(int, last.item()))
+    return empty
+
+
+def write(directory: Path, new: WorkingSet) -> None:
+    """Keep *new* in place of what is there; does nothing where the directory cannot be written."""
+    content = io.BytesIO()
+    last = np.array((new.restores, new.asked, new.pushed), _LAST)
+    np.savez(content, entries=new.entries, last=last)
+    partial = directory / f"{NAME}.{os.getpid()}.partial"
+    with suppress(OSError):
+        try:
+            partial.write_bytes(content.getvalue())
+            partial.replace(directory / NAME)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def units_of(pages: Iterable[tuple[int, int]], per_unit: Sequence[int]) -> list[tuple[int, int]]:
+    """Pages as units of so many pages in each block, each once."""
+    return list(dict.fromkeys((block, page // per_unit[block]) for block, page in pages))

@@ -1,0 +1,152 @@
+"""What ``vmferry restore`` does: the QEMU that is started, and the restore itself."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from vmferry import Checkpoint, SendOptions, UsageError, VmferryError, send
+from vmferry.checkpoint.restore import Restore, Restored
+from vmferry.errors import PeerError, printable
+from vmferry.migration.postcopy.source import LazyOptions
+from vmferry.qemu.qmp import Qmp
+from vmferry.units import parse_size
+
+from .reports import Reporter
+from .signals import Work
+
+_START: Final = 30.0
+"""Seconds that QEMU may take to start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What was asked for on the command line."""
+
+    directory: Path
+    uri: str
+    qmp: str | None
+    options: LazyOptions
+    verify: bool
+    learn: bool
+    lazy: bool
+    command: Sequence[str]
+
+
+def sizes_of(texts: Sequence[str]) -> dict[str, int]:
+    """``BLOCK=SIZE`` as page sizes in bytes."""
+    sizes = {}
+    for text in texts:
+        name, separator, size = text.rpartition("=")
+        if not separator:
+            raise UsageError(f"expected BLOCK=SIZE, found {printable(text)}")
+        number = parse_size(size)
+        if number < 1 << 10 or number & (number - 1):
+            raise UsageError(f"expected a power of two as the size of a page, found {size}")
+        sizes[name] = number
+    return sizes
+
+
+def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> Restored | None:
+    """Restore, and where QEMU was started here, wait for its end."""
+    with ExitStack() as cleanup:
+        checkpoint = cleanup.enter_context(Checkpoint(wanted.directory))
+        process = None
+        if wanted.command:
+            process, wanted = cleanup.enter_context(_started(wanted))
+        if not wanted.lazy:
+            send(
+                checkpoint,
+                wanted.uri,
+                options=SendOptions(idle=wanted.options.idle, answer=wanted.options.answer),
+                progress=report.progress,
+                started=control.begun,
+            )
+            outcome = None
+        else:
+            qmp = None
+            if wanted.qmp is not None:
+                qmp = cleanup.enter_context(_monitor(wanted.qmp, process))
+            work = Restore(
+                checkpoint,
+                wanted.uri,
+                qmp=qmp,
+                options=wanted.options,
+                progress=report.progress,
+                verify=wanted.verify,
+                learn=wanted.learn,
+                paused=lambda error: report.happened("paused", f"{error}", message=str(error)),
+            )
+            control.begun(_Dependable(work, report, process))
+            outcome = work.run()
+        if process is not None:
+            process.wait()
+        return outcome
+
+
+class _Dependable:
+    """A restore that is not given up while a machine needs it, unless that is asked for twice."""
+
+    def __init__(
+        self, work: Restore, report: Reporter[Any], process: subprocess.Popen[bytes] | None
+    ) -> None:
+        self._work = work
+        self._process = process
+        self._report = report
+
+    def cancel(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+        elif self._work.is_needed:
+            message = (
+                "a machine runs that does not have all of its memory: this ends when it has, or at"
+                " once when asked again"
+            )
+            self._report.happened("needed", message, message=message)
+            return
+        self._work.cancel()
+
+
+@contextmanager
+def _started(wanted: Wanted) -> Iterator[tuple[subprocess.Popen[bytes], Wanted]]:
+    with tempfile.TemporaryDirectory(prefix="vmferry-restore-") as place:
+        monitor, uri = f"{place}/qmp", f"unix:{place}/incoming"
+        more = ["-chardev", f"socket,id=vmferry-qmp,path={monitor},server=on,wait=off"]
+        more += ["-mon", "chardev=vmferry-qmp,mode=control", "-incoming"]
+        more += ["defer"] if wanted.lazy else [uri]
+        try:
+            process = subprocess.Popen([*wanted.command, *more])
+        except OSError as error:
+            raise UsageError(
+                f"cannot start {printable(wanted.command[0])}: {error.strerror}"
+            ) from error
+        try:
+            yield process, replace(wanted, uri=uri, qmp=monitor)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
+
+
+@contextmanager
+def _monitor(address: str, process: subprocess.Popen[bytes] | None) -> Iterator[Qmp]:
+    deadline = time.monotonic() + (_START if process is not None else 0)
+    while True:
+        if process is not None and process.poll() is not None:
+            raise PeerError(f"QEMU ended with status {process.returncode}; it says why itself")
+        try:
+            session = Qmp.connect(address)
+        except VmferryError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.01)
+            continue
+        with session:
+            yield session
+        return

@@ -1,0 +1,1 @@
+"""Postcopy: a machine runs at the destination, and its memory follows."""

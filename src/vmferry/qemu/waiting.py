@@ -1,0 +1,128 @@
+"""A QEMU that waits for a machine, as it is made ready to have its memory follow.
+
+What it has is asked for before it listens, so that a machine of another shape is refused before
+anything is sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from vmferry.errors import Refused, UsageError, printable
+from vmferry.units import format_size
+from vmferry.wire.ram import RamBlock
+
+from .qmp import Qmp, QmpError
+
+_BLOCK: Final = re.compile(
+    r"^ *(?P<name>\S.*?) +(?P<size>\d+) (?P<unit>[KMG]iB|B) +0x[0-9a-f]+ +0x(?P<used>[0-9a-f]+)"
+    r" +0x[0-9a-f]+",
+    re.MULTILINE,
+)
+_UNITS: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingBlock:
+    """A RAM block of a QEMU: bytes in use, and of a page of what is behind it."""
+
+    length: int
+    page_size: int
+
+
+class WaitingQemu:
+    """The QEMU behind *qmp*, started with ``-incoming``."""
+
+    def __init__(self, qmp: Qmp) -> None:
+        self._qmp = qmp
+        status = qmp.execute("query-status").get("status")
+        if status != "inmigrate":
+            raise UsageError(
+                "expected a QEMU that waits for a machine (-incoming defer), found one that is"
+                f" {printable(str(status))}"
+            )
+
+    def blocks(self) -> dict[str, WaitingBlock] | None:
+        """Its RAM blocks by name; ``None`` where it does not tell."""
+        try:
+            table = str(
+                self._qmp.execute("human-monitor-command", {"command-line": "info ramblock"})
+            )
+        except QmpError:
+            return None
+        return {
+            found["name"]: WaitingBlock(
+                int(found["used"], 16), int(found["size"]) * _UNITS[found["unit"]]
+            )
+            for found in _BLOCK.finditer(table)
+        }
+
+    def check(self, blocks: Sequence[RamBlock]) -> dict[str, int]:
+        """Refuse another machine's memory; the page size of each block, as far as it tells.
+
+        Raises :class:`Refused` with what differs.
+        """
+        there = self.blocks()
+        if there is None:
+            return {}
+        wrong = []
+        for block in blocks:
+            found = there.pop(block.name, None)
+            if found is None:
+                wrong.append(f"it has no block {printable(block.name)}")
+            elif found.length != block.length and not block.name.startswith("/rom@"):
+                wrong.append(
+                    f"its block {printable(block.name)} has {format_size(found.length)}, not"
+                    f" {format_size(block.length)}"
+                )
+            else:
+                there[block.name] = found
+        names = {block.name for block in blocks}
+        wrong += [f"it has a block {printable(name)} more" for name in there if name not in names]
+        if wrong:
+            raise Refused(
+                "the QEMU that waits is another machine than the saved one: "
+                + "; ".join(wrong)
+                + ": start it as the saved machine was started"
+            )
+        return {name: found.page_size for name, found in there.items()}
+
+    def listen(self, uri: str, *, preempt: bool, paused: bool) -> None:
+        """Have it listen at *uri* with the capabilities of postcopy; *paused*: it shall not run."""
+        names = ["postcopy-ram", *(["postcopy-preempt"] if preempt else [])]
+        states = [{"capability": name, "state": True} for name in names]
+        self._qmp.execute("migrate-set-capabilities", {"capabilities": states})
+        if paused:
+            # While it waits this means that it is not to start by itself (softmmu/vl.c).
+            self._qmp.execute("stop")
+        try:
+            self._qmp.execute("migrate-incoming", {"uri": uri})
+        except QmpError as error:
+            if not self._qmp.execute("query-migrate").get("socket-address"):
+                raise
+            del error  # it was started with -incoming URI, and listens
+
+    def running_at(self, timeout: float) -> float:
+        """When it began to run, in seconds since 1970 by this host's clock."""
+        event = self._qmp.wait_event("RESUME", timeout=timeout)
+        stamp = event.get("timestamp")
+        if not isinstance(stamp, dict):
+            raise UsageError("expected an event with a time stamp, found one without")
+        return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
+
+
+def listen_again(qmp: Qmp, uri: str) -> None:
+    """Have a QEMU whose migration is paused listen at *uri* for the rest of its memory.
+
+    Raises :class:`UsageError` where its migration is not paused.
+    """
+    status = qmp.execute("query-migrate").get("status")
+    if status != "postcopy-paused":
+        raise UsageError(
+            "expected a QEMU whose migration is postcopy-paused, found one where it is"
+            f" {printable(str(status))}"
+        )
+    qmp.execute("migrate-recover", {"uri": uri})

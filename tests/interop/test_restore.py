@@ -1,0 +1,244 @@
+"""Saved machines that run at once in a stock QEMU, and get their memory as they ask for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vmferry
+from tests.cli.command import COMMAND, environment
+from tests.data.record import DRIVES
+from tests.interop.lab import PC, Lab, Vm, wait_until
+from tests.support.capture import Scenario
+from vmferry.checkpoint import working_set
+from vmferry.checkpoint.restore import Restore, Restored
+from vmferry.errors import CheckpointDamaged, Refused
+from vmferry.migration.postcopy.source import LazyOptions, Paused
+
+pytestmark = pytest.mark.qemu
+
+CARDS = "-netdev hubport,id=n0,hubid=0 -device virtio-net-pci,netdev=n0"
+MACHINES = [
+    pytest.param(replace(PC, machine=("-machine", "pc", "-vga", "std")), id="pc"),
+    pytest.param(
+        replace(
+            PC,
+            machine=(
+                *f"-machine q35 -nodefaults -smp 3 {CARDS} -device virtio-rng-pci".split(),
+                *("-device", "virtio-blk-pci,drive=disk0", "-device", "ide-hd,drive=disk1"),
+            ),
+            disks=DRIVES,
+        ),
+        id="q35-virtio-smp",
+    ),
+    pytest.param(
+        replace(
+            PC,
+            machine=(
+                *("-machine", "pc,memory-backend=ram", "-nodefaults"),
+                *("-object", "memory-backend-memfd,id=ram,size={ram},share=on"),
+            ),
+        ),
+        id="memfd",
+    ),
+    pytest.param(replace(PC, machine=("-machine", "microvm", "-nodefaults")), id="microvm"),
+    pytest.param(
+        replace(PC, machine=("-machine", "pc-i440fx-2.3", "-nodefaults")), id="without-footers"
+    ),
+]
+
+
+def restored(
+    lab: Lab, checkpoint: vmferry.Checkpoint, scenario: Scenario = PC, **options: Any
+) -> tuple[Vm, Restored]:
+    """A fresh QEMU that runs the machine and has all of it."""
+    vm = lab.destination(scenario)
+    uri = f"unix:{lab.directory()}/socket"
+    result = Restore(checkpoint, uri, qmp=vm.qemu.qmp, **options).run()
+    vm.qemu.wait_migration()
+    return vm, result
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["one-channel", "preempt"])
+@pytest.mark.parametrize("scenario", MACHINES)
+def test_machine_goes_on_with_all_of_its_memory(
+    lab: Lab, scenario: Scenario, preempt: bool
+) -> None:
+    source = lab.source(scenario)
+    checkpoint = lab.receive(source, scenario)
+    vm, result = restored(lab, checkpoint, scenario, options=LazyOptions(preempt=preempt))
+    lab.assert_goes_on(vm, source, scenario)
+    assert result.running is not None
+    assert result.requests > 0
+
+
+def test_memory_is_that_of_the_checkpoint(lab: Lab) -> None:
+    """A machine that was saved while it stood still stands still, with every page in its place."""
+    source = lab.source()
+    source.qemu.execute("stop")
+    checkpoint = lab.receive(source)
+    vm, result = restored(lab, checkpoint)
+    assert result.running is None
+    assert vm.run_state == "paused"
+    path = vm.qemu.directory / "memory"
+    vm.qemu.save_memory(path, 0, 640 << 10)
+    memory = next(b for b in checkpoint.blocks if b.length == PC.ram_size)
+    expected = bytearray(640 << 10)
+    pages = checkpoint.memory(memory)
+    assert pages is not None
+    pages.read(0, memoryview(expected))
+    assert path.read_bytes() == expected
+    vm.qemu.execute("cont")
+    lab.assert_goes_on(vm, source)
+
+
+def test_same_checkpoint_many_times(lab: Lab) -> None:
+    """What is served is not changed; each restore learns what to send first in the next one."""
+    source = lab.source()
+    checkpoint = lab.receive(source)
+    after = source.serial.drain()
+    asked = []
+    for _ in range(4):
+        vm, result = restored(lab, checkpoint)
+        lab.assert_counts(vm, after)
+        asked.append(result.requests - result.late)
+        vm.qemu.stop()
+    checkpoint.verify()
+    known = working_set.read(checkpoint.path, [1 << 20] * len(checkpoint.blocks))
+    assert known.restores == 4
+    assert known.coverage is not None
+    assert known.coverage > 0.5
+    assert max(asked[1:]) < asked[0]
+
+
+@pytest.mark.parametrize(
+    ("machine", "what"),
+    [
+        (("-machine", "pc", "-nodefaults", "-device", "VGA"), "more"),
+        (("-machine", "q35", "-nodefaults", "-m", "64M"), "has 64 MiB, not"),
+    ],
+)
+def test_another_machine_is_refused_before_it_runs(
+    lab: Lab, machine: tuple[str, ...], what: str
+) -> None:
+    checkpoint = lab.receive(lab.source())
+    vm = lab.destination(replace(PC, machine=machine))
+    if "-m" in machine:
+        vm.qemu.stop()
+        vm = Vm(lab._start_qemu(*machine, "-incoming", "defer"), vm.serial)
+    with pytest.raises(Refused, match=what):
+        Restore(checkpoint, f"unix:{lab.path}/socket", qmp=vm.qemu.qmp).run()
+    assert vm.run_state == "inmigrate"
+
+
+def test_checkpoint_with_disks_is_refused(lab: Lab) -> None:
+    machine = ("-machine", "pc", "-nodefaults", "-device", "virtio-blk-pci,drive=disk0")
+    scenario = replace(PC, machine=machine, disks=DRIVES[:1], capabilities=("block",))
+    checkpoint = lab.receive(lab.source(scenario), scenario)
+    with pytest.raises(vmferry.UsageError, match="carries disks"):
+        Restore(checkpoint, f"unix:{lab.path}/socket").run()
+
+
+def test_damaged_page_is_never_given_to_the_machine(lab: Lab) -> None:
+    checkpoint = lab.receive(lab.source())
+    block = next(b for b in checkpoint.blocks if b.length == PC.ram_size)
+    pages = checkpoint.memory(block)
+    assert pages is not None
+    wrong = int(np.flatnonzero(pages.sums)[-1])
+    with pages.path.open("r+b") as file:
+        file.seek(wrong * 4096 + 17)
+        file.write(b"damage")
+    vm = lab.destination()
+    uri = f"unix:{lab.directory()}/socket"
+    vm.qemu.incoming(uri, capabilities=("postcopy-ram",))
+    with pytest.raises((Paused, CheckpointDamaged), match="damaged") as caught:
+        Restore(checkpoint, uri, verify=True).run()
+    if isinstance(caught.value, Paused):
+        wait_until(lambda: vm.status() == "postcopy-paused")
+
+
+@contextmanager
+def command(*arguments: str | Path, **more: str) -> Iterator[subprocess.Popen[str]]:
+    """The command while it runs."""
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**more),
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def monitored(lab: Lab, scenario: Scenario = PC) -> tuple[Vm, str]:
+    """A QEMU that waits, and the path of another monitor of it."""
+    monitor = f"{lab.directory()}/qmp"
+    more = ("-chardev", f"socket,id=more,path={monitor},server=on,wait=off")
+    machine = (*scenario.machine, *more, "-mon", "chardev=more,mode=control")
+    return lab.destination(replace(scenario, machine=machine)), monitor
+
+
+def test_page_server_that_is_killed_can_be_followed_by_another(lab: Lab) -> None:
+    source = lab.source()
+    checkpoint = lab.receive(source)
+    after = source.serial.drain()
+    vm, monitor = monitored(lab)
+    uri = f"unix:{lab.directory()}/socket"
+    fault = {"VMFERRY_FAULT": "loaded-heard:kill"}
+    options = ("--qmp", monitor, "--no-working-set")
+    with command("restore", checkpoint.path, uri, *options, **fault) as first:
+        assert first.wait(60) == -signal.SIGKILL
+    wait_until(lambda: vm.status() == "postcopy-paused")
+    with command("restore", checkpoint.path, uri, *options, "--resume", "--json") as second:
+        out, err = second.communicate(timeout=60)
+    assert second.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["ok"]
+    vm.qemu.wait_migration()
+    lab.assert_counts(vm, after)
+
+
+def test_command_says_how_it_went(lab: Lab) -> None:
+    source = lab.source()
+    checkpoint = lab.receive(source)
+    vm, monitor = monitored(lab)
+    uri = f"unix:{lab.directory()}/socket"
+    with command("restore", checkpoint.path, uri, "--lazy", "--qmp", monitor, "--json") as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["ok"]
+    assert result["time_to_running_ms"] > 0
+    assert result["requests"] >= len(result["fault_service_us"]["histogram"]) - 12
+    assert set(result) >= {"pages_sent", "total_ms"}
+    lab.assert_goes_on(vm, source)
+
+
+def test_command_starts_qemu(lab: Lab) -> None:
+    source = lab.source()
+    checkpoint = lab.receive(source)
+    directory = lab.directory()
+    serial = directory / "serial"
+    qemu = ["qemu-system-x86_64", *PC.arguments(directory), "-display", "none"]
+    qemu += ["-chardev", f"file,id=s,path={serial}", "-serial", "chardev:s"]
+    after = source.serial.drain()
+    with command("restore", checkpoint.path, "--json", "--", *qemu) as process:
+        wait_until(lambda: serial.exists() and b"C " in serial.read_bytes())
+        os.kill(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    beats = [line for line in serial.read_text().splitlines() if line.startswith("C ")]
+    assert int(beats[0].split()[1], 16) > after
+    assert not [line for line in serial.read_text().splitlines() if line.startswith("E")]
