@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -67,6 +69,50 @@ def test_bytes_arrive_in_order(pair: Pair) -> None:
         lambda: [sender.send([data[i : i + 70001]]) for i in range(0, len(data), 70001)]
     )
     assert receive(receiver, len(data)) == data
+    sending.result(PROMPT)
+
+
+def test_parts_of_a_file_arrive_in_order(pair: Pair) -> None:
+    sender, receiver = pair
+    data = noise(3, 3 << 20)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+
+        def send() -> None:
+            sender.send([b"head"])
+            sender.send_file(file.fileno(), 5, len(data) - 6)
+            sender.send([b"tail"])
+
+        sending = background(send)
+        assert receive(receiver, len(data) + 2) == b"head" + data[5:-1] + b"tail"
+        sending.result(PROMPT)
+
+
+def test_a_file_that_is_too_short_is_an_error(pair: Pair) -> None:
+    sender, _ = pair
+    file = os.memfd_create("empty")
+    with pytest.raises(UsageError, match="ends 7 bytes too early"):
+        sender.send_file(file, 0, 7)
+    os.close(file)
+
+
+def test_a_buffer_is_filled_whatever_pieces_come_and_as_far_as_the_stream_goes(pair: Pair) -> None:
+    sender, receiver = pair
+    data = noise(4, 1 << 20)
+
+    def send() -> None:
+        for at in range(0, len(data), 30_001):
+            sender.send([data[at : at + 30_001]])
+        sender.end_of_data()
+
+    sending = background(send)
+    buffer = memoryview(bytearray(700_000))
+    assert receiver.fill(buffer) == 700_000
+    assert buffer == data[:700_000]
+    assert receiver.fill(buffer) == len(data) - 700_000
+    assert buffer[: len(data) - 700_000] == data[700_000:]
+    assert receiver.fill(buffer) == 0
     sending.result(PROMPT)
 
 

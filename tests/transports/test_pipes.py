@@ -130,11 +130,13 @@ def test_full_disk_behind_a_descriptor_is_a_storage_error() -> None:
 def test_sending_to_a_closed_pipe_is_an_error_even_where_sigpipe_kills() -> None:
     one, two = socket.socketpair()
     two.close()
-    with connect(f"fd:{one.detach()}") as sender:
+    with connect(f"fd:{one.detach()}") as sender, Path(sys.executable).open("rb") as program:
         handler = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         try:
             with pytest.raises(TransportError, match="Broken pipe"):
                 sender.send([b"x"])
+            with pytest.raises(TransportError, match="Broken pipe"):
+                sender.send_file(program.fileno(), 0, 1)
         finally:
             signal.signal(signal.SIGPIPE, handler)
 

@@ -25,6 +25,7 @@ from vmferry.wire.ram import RamBlock
 
 from .outgoing import PageStore
 from .progress import Meter
+from .runs import page_runs
 
 _COMPRESSORS: Final[Mapping[Method, Callable[[int], Compressor]]] = {
     Method.NONE: lambda _level: Plain(),
@@ -33,6 +34,9 @@ _COMPRESSORS: Final[Mapping[Method, Callable[[int], Compressor]]] = {
 }
 
 
+_RUNS: Final = 8
+"""Runs of pages in one packet that are each sent from the file: more are copied together first."""
+
 Payload = Callable[[memoryview], memoryview]
 """The content of some pages, one behind the other, perhaps in the buffer that is given; called by
 the thread of a channel."""
@@ -40,18 +44,24 @@ the thread of a channel."""
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Pages of a block, by number, ascending and no more than one packet takes."""
+    """Pages of a block, by number, ascending and no more than one packet takes.
+
+    ``file`` is a descriptor that has the content of the block, or ``None``.
+    """
 
     block: RamBlock
     pages: npt.NDArray[np.uint64]
     payload: Payload
+    file: int | None
 
 
 class PageSender:
     """Sends pages over *channels*, each served by a thread.
 
     Whatever goes wrong on a channel is raised by the next call, also that its other side reads
-    nothing for *idle* seconds.
+    nothing for *idle* seconds.  *by_reference* says that files may be sent from as they are: they
+    do not change before the other side has said that it has everything, or what it has does not
+    count.
     """
 
     def __init__(
@@ -64,8 +74,10 @@ class PageSender:
         uuid: UUID,
         meter: Meter,
         idle: float | None,
+        by_reference: bool = False,
     ) -> None:
         self._channels = channels
+        self._by_reference = by_reference and method == Method.NONE
         self._idle = idle
         self._page_size = page_size
         self._method = method
@@ -96,10 +108,19 @@ class PageSender:
                 numbers = pages.astype(np.uint64)
                 self.send(block, numbers, partial(_stored, store, numbers, self._page_size))
 
-    def send(self, block: RamBlock, pages: npt.NDArray[np.uint64], payload: Payload) -> None:
-        """Queue pages of a block, by number, ascending and no more than one packet takes."""
+    def send(
+        self,
+        block: RamBlock,
+        pages: npt.NDArray[np.uint64],
+        payload: Payload,
+        file: int | None = None,
+    ) -> None:
+        """Queue pages of a block, by number, ascending and no more than one packet takes.
+
+        *file* is a descriptor that has the content of the block, if there is one.
+        """
         self._check()
-        self._jobs.put(_Job(block, pages, payload))
+        self._jobs.put(_Job(block, pages, payload, file))
 
     def synchronise(self) -> None:
         """Send what is queued, then a synchronisation on every channel."""
@@ -140,14 +161,32 @@ class PageSender:
     def _send(
         self, channel: Channel, job: _Job, compressor: Compressor, buffer: memoryview
     ) -> None:
-        content = job.payload(buffer)
-        payload = content if self._method == Method.NONE else compressor.pack(content)
         offsets = job.pages * np.uint64(self._page_size)
-        header = self._header(job.block, offsets, len(payload))
-        channel.send([header, payload], self._idle)
-        sent = len(header) + len(payload)
+        runs = self._in_file(job)
+        if runs and job.file is not None:
+            size = len(job.pages) * self._page_size
+            header = self._header(job.block, offsets, size)
+            channel.send([header], self._idle)
+            for start, count in runs:
+                channel.send_file(job.file, start, count, self._idle)
+        else:
+            content = job.payload(buffer)
+            payload = content if self._method == Method.NONE else compressor.pack(content)
+            size = len(payload)
+            header = self._header(job.block, offsets, size)
+            channel.send([header, payload], self._idle)
+        sent = len(header) + size
         self._meter.count(transferred=sent, multifd=sent, normal=len(job.pages))
         self._meter.tick()
+
+    def _in_file(self, job: _Job) -> list[tuple[int, int]]:
+        """Where to send the pages from, as places and sizes in the file; empty to make a copy."""
+        if job.file is None or not self._by_reference:
+            return []
+        runs, size = page_runs(job.pages), self._page_size
+        if len(runs) > _RUNS:
+            return []
+        return [(first * size, (last - first) * size) for first, last in runs]
 
     def _header(
         self,

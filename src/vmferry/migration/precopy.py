@@ -69,6 +69,11 @@ class DirtyBlock:
         self.name = encode_name(self.memory.name)
         self.block = RamBlock(self.memory.name, self.memory.size)
 
+    @property
+    def file(self) -> int | None:
+        """A descriptor that has what to send, unless that is a copy."""
+        return self.memory.fd if self.content is self.memory.view else None
+
     def add_all(self) -> None:
         """Everything is to be sent."""
         set_range(self.dirty, 0, self.memory.pages)
@@ -237,7 +242,7 @@ def _hand_over(pages: PageSender, block: DirtyBlock, numbers: Numbers) -> Number
     count = zero_pages(block.content, numbers, PAGE_SIZE, zero, block.known)
     if count < len(numbers):
         full = numbers[zero == 0]
-        pages.send(block.block, full, partial(_content, block.content, full))
+        pages.send(block.block, full, partial(_content, block.content, full), block.file)
     rest: Numbers = numbers[zero != 0]
     return rest
 

@@ -296,6 +296,7 @@ class Source:
             uuid=(configuration.uuid if configuration else None) or _NOBODY,
             meter=self._meter,
             idle=self._options.idle,
+            by_reference=self._answered,
         )
         cleanup.callback(pages.close)
         return pages

@@ -7,16 +7,20 @@ a time, and any thread may shut it down.
 
 from __future__ import annotations
 
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 from vmferry.errors import ChannelClosed, PeerSilent, TransportError, UsageError, printable
 from vmferry.units import format_duration
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
+
+_PIECE: Final = 256 << 10
+"""Bytes of a file that are read at once."""
 
 
 class _Closing(ABC):
@@ -69,6 +73,16 @@ class Channel(_Closing):
         ``None`` waits for ever.
         """
 
+    def fill(self, buffer: memoryview, timeout: float | None = None) -> int:
+        """Receive until *buffer* is full, or the stream ends; how many bytes came.
+
+        Waits at most *timeout* seconds where nothing comes, and at most twice as long.
+        """
+        have = 0
+        while have < buffer.nbytes and (count := self.recv_into(buffer[have:], timeout)):
+            have += count
+        return have
+
     @abstractmethod
     def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
         """Send all *parts* in order, unjoined.  On any exception an unknown amount was sent.
@@ -76,6 +90,22 @@ class Channel(_Closing):
         Where the peer takes nothing for *timeout* seconds, raises :class:`TransportError`, at the
         latest after twice as long; ``None`` waits for ever.
         """
+
+    def send_file(
+        self, descriptor: int, offset: int, count: int, timeout: float | None = None
+    ) -> None:
+        """Send *count* bytes of a file from *offset* on, as :meth:`send` does.
+
+        What is written to the file meanwhile, and until the peer has received them, it may get or
+        not: where the transport can, it refers to the memory of the file and makes no copy.
+        """
+        while count:
+            data = os.pread(descriptor, min(count, _PIECE), offset)
+            if not data:
+                raise cut_off(self.name, count)
+            self.send([data], timeout)
+            offset += len(data)
+            count -= len(data)
 
     @abstractmethod
     def end_of_data(self) -> None:
@@ -219,6 +249,11 @@ def clogged(name: str, timeout: float) -> TransportError:
         f"{printable(name)}: waited {format_duration(timeout)} for the other side to read on, "
         "it did not"
     )
+
+
+def cut_off(name: str, left: int) -> UsageError:
+    """The error of sending from a file that is shorter."""
+    return UsageError(f"{printable(name)}: the file to send from ends {left} bytes too early")
 
 
 def check_room(name: str, buffer: memoryview) -> None:

@@ -32,6 +32,12 @@ class WrappedChannel(Channel):
         """See :meth:`Channel.send`."""
         self._channel.send(parts, timeout)
 
+    def send_file(
+        self, descriptor: int, offset: int, count: int, timeout: float | None = None
+    ) -> None:
+        """See :meth:`Channel.send_file`."""
+        self._channel.send_file(descriptor, offset, count, timeout)
+
     def end_of_data(self) -> None:
         """See :meth:`Channel.end_of_data`."""
         self._channel.end_of_data()
