@@ -82,6 +82,23 @@ def test_the_end_of_a_block_that_fills_no_region(block: MemoryBlock) -> None:
     assert huge(block) == REGION
 
 
+@pytest.mark.usefixtures("_huge_pages")
+def test_room_for_dense_pages_is_one_huge_page_and_for_others_only_theirs(
+    block: MemoryBlock,
+) -> None:
+    incoming = IncomingBlock(block)
+    pages = np.array([*range(100), _PAGES, *range(2 * _PAGES - 10, 2 * _PAGES + 63)])
+    view = incoming.room([(0, 100), (_PAGES, _PAGES + 1), (2 * _PAGES - 10, 2 * _PAGES + 63)])
+    for page in pages.tolist():
+        view[page * _SIZE : (page + 1) * _SIZE] = bytes([page % 255 + 1]) * _SIZE
+    assert huge(block) == REGION
+    assert block.populated().sum() == _PAGES + 1 + 73
+    words = pages.astype(np.uint64) * np.uint64(_SIZE) | np.uint64(ZERO | CONTINUE)
+    check(block, pages)
+    incoming.place(rows_of(words, np.zeros(len(words), np.uint64), 1), memoryview(b"\0"))
+    check(block, pages[:0])
+
+
 def test_zero_records_clear_what_a_huge_page_held(block: MemoryBlock) -> None:
     incoming = IncomingBlock(block)
     pages = np.arange(_PAGES)

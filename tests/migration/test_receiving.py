@@ -244,9 +244,10 @@ def test_zero_page_of_a_later_round_wins_over_data_of_an_earlier_one_that_comes_
 def test_data_of_a_later_round_wins_over_a_zero_page_of_an_earlier_one_that_comes_late() -> None:
     with Attempt() as attempt:
         main = attempt.connect(head(return_path=True))
-        channel = attempt.connect(hello(0), sync(), packet([1], 3), sync(), packet([1], 9), sync())
+        channel = attempt.connect(hello(0), sync())
         main.say(start())
         wait_until(lambda: received_whole(channel))
+        channel.say(packet([1], 3), sync(), packet([1], 9), sync())
         main.say(part(zero(1)), part(), end(), devices())
         channel.say(sync())
         assert main.verdict() == 0
@@ -256,10 +257,11 @@ def test_data_of_a_later_round_wins_over_a_zero_page_of_an_earlier_one_that_come
 def test_channels_of_one_round_do_not_overtake_each_other_into_the_next() -> None:
     with Attempt() as attempt:
         main = attempt.connect(head(return_path=True), start())
-        quick = attempt.connect(hello(0), sync(), sync(), packet([1], 2), sync())
+        quick = attempt.connect(hello(0), sync(), sync())
         slow = attempt.connect(hello(1), sync())
         main.say(part())
         wait_until(lambda: received_whole(quick))
+        quick.say(packet([1], 2), sync())
         slow.say(packet([1], 1), sync())
         main.say(end(), devices())
         slow.say(sync())

@@ -57,6 +57,42 @@ def test_initial_packet_is_read_and_written_as_captured():
     check_truncation(channel(), data)
 
 
+@pytest.mark.parametrize("room", ["of the reader", "all"])
+@pytest.mark.parametrize("here", [0, 100, 2 * 4096])
+def test_pages_may_bypass_the_reader(room, here):
+    data = memoryview(HELLO.encode() + header([0, 8192]) + PAGE * 2 + header(sync=True))
+    reader = MultifdReader({RAM.name: RAM}, bypass=True)
+    at, found = 0, []
+    while at < len(data):
+        target = reader.room() if room == "of the reader" else reader.buffer.room()
+        # All of the room at most, or up to a place in the first packet's pages.
+        stop = len(data) if at > 64 + HEAD or room == "of the reader" else 64 + HEAD + here
+        piece = data[at : min(stop, at + len(target))]
+        target[: len(piece)] = piece
+        reader.buffer.received(len(piece))
+        at += len(piece)
+        for event in reader.events():
+            found.append(event)
+            if isinstance(event, Packet) and event.missing:
+                pages = bytes(event.payload) + bytes(data[at : at + event.missing])
+                assert pages == PAGE * 2
+                at += event.missing
+                reader.buffer.bypassed(event.missing)
+    assert [type(event) for event in found] == [Hello, Packet, Packet]
+    assert found[1].normal.tolist() == [0, 8192]
+    assert len(found[1].payload) == (0 if room == "of the reader" else here)
+    assert (found[1].offset, found[2].offset) == (64, 64 + HEAD + 8192)
+    assert found[2].sync
+    assert reader.buffer.offset == len(data)
+
+
+def test_compressed_pages_do_not_bypass_the_reader():
+    payload = Deflate().pack(PAGE)
+    data = HELLO.encode() + header([0], size=len(payload), method=Method.ZLIB) + payload
+    _, packet = MultifdReader({RAM.name: RAM}, bypass=True).feed(data)
+    assert (bytes(packet.payload), packet.missing) == (payload, 0)
+
+
 def test_header_is_written_as_captured():
     offsets = [0, 0x6000, 0x7000] + [0x8000 + n * 0x1000 for n in range(125)]
     wire = header(offsets, number=2)

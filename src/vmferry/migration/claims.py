@@ -8,13 +8,16 @@ of each, or the content of one with the sum of the other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.wire.ram import RamBlock, RamPages
+from vmferry.wire.ram import RamBlock
+
+Pages = Sequence[slice | npt.NDArray[np.uint64]]
+"""Pages by number: runs of them, and any others."""
 
 
 class PageClaims:
@@ -29,16 +32,17 @@ class PageClaims:
         self._claimed = {b.name: np.zeros(b.length // page_size, np.bool_) for b in blocks}
 
     @contextmanager
-    def held(self, batch: RamPages) -> Iterator[None]:
-        """Within, the pages of the batch are nobody else's; waits until they are free."""
-        claimed = self._claimed[batch.block.name]
-        pages = batch.offsets // np.uint64(batch.page_size)
+    def held(self, block: str, pages: Pages) -> Iterator[None]:
+        """Within, these pages of a block are nobody else's; waits until they are free."""
+        claimed = self._claimed[block]
         with self._freed:
-            self._freed.wait_for(lambda: not claimed[pages].any())
-            claimed[pages] = True
+            self._freed.wait_for(lambda: not any(claimed[part].any() for part in pages))
+            for part in pages:
+                claimed[part] = True
         try:
             yield
         finally:
             with self._freed:
-                claimed[pages] = False
+                for part in pages:
+                    claimed[part] = False
                 self._freed.notify_all()

@@ -28,7 +28,7 @@ from vmferry.wire.multifd import MAGIC, Method, MultifdReader
 from vmferry.wire.ram import RamBlock, RamPages
 
 from .barrier import SyncBarrier
-from .channels import PageChannel
+from .channels import PageChannel, Place
 
 _PREEMPT_SILENCE: Final = 1.0
 """Seconds after which a connection that says nothing is taken for a preempt channel, which says
@@ -61,7 +61,8 @@ class Connections:
     """Everything that the source has connected.
 
     The first failure of any channel but the main one is kept in :attr:`failure` and breaks all the
-    others.  *store* takes the pages of multifd channels, *refuse* tells the source of a failure and
+    others.  *store* takes the pages of multifd channels, except those that were
+    received into the memory that *place* lends; *refuse* tells the source of a failure and
     ends the main channel soon, *received* is told how many bytes came through a multifd channel.
 
     A connection that is none of a source is dropped, and *dropped* is told why, as long as no main
@@ -77,10 +78,12 @@ class Connections:
         refuse: Callable[[BaseException], None],
         received: Callable[[int], None],
         dropped: Callable[[Exception], None] | None = None,
+        place: Place | None = None,
     ) -> None:
         self._listener = listener
         self._deadlines = deadlines
         self._store = store
+        self._place = place
         self._refuse = refuse
         self._received = received
         self._dropped = None if listener.single else dropped
@@ -269,9 +272,16 @@ class Connections:
 
     def _add_pages(self, channel: Channel, head: bytes) -> PageChannel:
         self._barrier.expect()
-        reader = MultifdReader(self._blocks)
+        reader = MultifdReader(self._blocks, bypass=True)
         pages = PageChannel(
-            channel, head, reader, self._barrier, self._prepare, self._store, self._heard
+            channel,
+            head,
+            reader,
+            self._barrier,
+            prepare=self._prepare,
+            store=self._store,
+            place=self._place,
+            received=self._heard,
         )
         self._pages.append(pages)
         return pages

@@ -6,8 +6,9 @@ migration succeeded only after the sink has committed; until then the machine is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -43,7 +44,7 @@ from vmferry.wire.disk import DiskChunk
 from vmferry.wire.framed import Frame
 from vmferry.wire.machine import machine_version
 from vmferry.wire.multifd import Method
-from vmferry.wire.ram import RamBlocks, RamEnd, RamFlush, RamPages
+from vmferry.wire.ram import RamBlock, RamBlocks, RamEnd, RamFlush, RamPages
 from vmferry.wire.reader import StreamReader, Tolerate
 from vmferry.wire.return_path import Message, Pong, SwitchoverAck
 from vmferry.wire.sections import Header, SectionEnd, SectionPart, SectionStart
@@ -54,6 +55,7 @@ from .claims import PageClaims
 from .connections import Connections, Deadlines
 from .identity import NUMBERS, Identity
 from .progress import Meter
+from .runs import Runs
 from .sink import Loader, Sink
 from .takeover import ANNOUNCE, READY, Takeover
 
@@ -107,7 +109,13 @@ class Destination:
         )
         self._answers = Answers(self._deadlines.idle)
         self._connections = Connections(
-            listener, self._deadlines, self._store, self._refuse, self._moved, dropped
+            listener,
+            self._deadlines,
+            self._store,
+            self._refuse,
+            self._moved,
+            dropped,
+            None if loader is None else partial(self._in_place, loader),
         )
         self._switchover_ack = switchover_ack
         self._claims = PageClaims()
@@ -353,7 +361,8 @@ class Destination:
     def _store(self, batch: RamPages) -> None:
         """Hand pages on; called by the thread of every channel."""
         if self._connections.multifd:
-            with self._claims.held(batch):
+            pages = batch.offsets // np.uint64(batch.page_size)
+            with self._claims.held(batch.block.name, [pages]):
                 self._sink.pages(batch)
         else:
             self._sink.pages(batch)
@@ -364,6 +373,13 @@ class Destination:
             if flags & flag:  # on the main channel only
                 self._features.add(feature)
         self._meter.count(normal=len(words) - zero, zero=zero)
+
+    @contextmanager
+    def _in_place(self, loader: Loader, block: RamBlock, runs: Runs) -> Iterator[memoryview]:
+        """Lend the memory of a block for these pages; called by the thread of every channel."""
+        with self._claims.held(block.name, [slice(first, last) for first, last in runs]):
+            yield loader.room(block.name, runs)
+        self._meter.count(normal=sum(last - first for first, last in runs))
 
     def _note_round(self, batch: RamPages) -> None:
         # Nothing in the stream marks a new pass: it shows where pages start again from the front.

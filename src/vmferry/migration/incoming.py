@@ -6,10 +6,13 @@ import threading
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from vmferry.memory import PAGE_SIZE, REGION, MemoryBlock
 from vmferry.pages import KINDS, PAGE, Rows, apply_records
 from vmferry.pages.placing import place_rows
+
+from .runs import Runs
 
 _DENSE: Final = 64
 """Pages of a region that come at once for all of it to become one huge page.
@@ -32,29 +35,44 @@ class IncomingBlock:
         self._known = block.populated()
         # What does not fill a region stays as it is.
         self._tried = np.zeros(block.size // REGION, np.bool_)
-        self._lock = threading.Lock()
+        self._locks = [threading.Lock() for _ in range(16)]
 
     def place(self, rows: Rows, data: memoryview) -> None:
         """Put pages in their place; see :func:`place_rows`."""
-        self._take_memory(rows)
+        words = rows["word"]
+        self._take_memory(words[words & np.uint64(KINDS) == PAGE] // np.uint64(PAGE_SIZE))
         place_rows(self._place, rows, data, PAGE_SIZE)
 
     def _place(self, rows: Rows, first: int, data: memoryview) -> int:
         block = self._block
         return apply_records(block.array, rows, first, data, PAGE_SIZE, self._known, block.fd)
 
-    def _take_memory(self, rows: Rows) -> None:
-        if self._tried.all():
+    def room(self, runs: Runs) -> memoryview:
+        """The memory of the block, to receive pages into that have content."""
+        for first, last in runs:
+            for region in range(first // _PAGES, -(-last // _PAGES)):
+                start = region * _PAGES
+                if min(last, start + _PAGES) - max(first, start) >= _DENSE:
+                    self._take_region(region)
+            self._known[first:last] = 1
+        return self._block.view
+
+    def _take_memory(self, pages: npt.NDArray[np.uint64]) -> None:
+        if not len(pages) or self._tried.all():
             return
-        words = rows["word"]
-        pages = words[words & np.uint64(KINDS) == PAGE] // np.uint64(PAGE_SIZE)
-        pages = pages[pages < len(self._tried) * _PAGES]
-        counts = np.bincount((pages // np.uint64(_PAGES)).astype(np.intp))
+        regions = pages // np.uint64(_PAGES)
+        first = int(regions.min())
+        counts = np.bincount((regions - np.uint64(first)).astype(np.intp))
         for region in np.flatnonzero(counts >= _DENSE).tolist():
-            with self._lock:
-                tried, self._tried[region] = self._tried[region], True
-            if not tried:
-                self._collapse(region)
+            self._take_region(first + region)
+
+    def _take_region(self, region: int) -> None:
+        """Once for each region; whoever comes meanwhile waits for it."""
+        if region < len(self._tried) and not self._tried[region]:
+            with self._locks[region % len(self._locks)]:
+                if not self._tried[region]:
+                    self._collapse(region)
+                    self._tried[region] = True
 
     def _collapse(self, region: int) -> None:
         pages = slice(region * _PAGES, (region + 1) * _PAGES)

@@ -23,6 +23,7 @@ from .loading import Staging, load_piece
 from .machine import LiveMachine
 from .registry import Handler, Registry
 from .run_state import RunState
+from .runs import Runs
 
 
 class MachineSink:
@@ -84,13 +85,21 @@ class MachineSink:
     def pages(self, batch: RamPages) -> None:
         """Put pages in their place."""
         name = batch.block.name
-        if name not in self._blocks:
-            raise StreamError("no content of a block that both sides share", "a page", block=name)
+        block = self._incoming(name)
         try:
-            self._blocks[name].place(batch.rows, batch.data)
+            block.place(batch.rows, batch.data)
         except StreamError as error:
             error.place = replace(error.place, offset=batch.start + (error.place.offset or 0))
             raise error.within(section="ram", block=name) from None
+
+    def room(self, block: str, runs: Runs) -> memoryview:
+        """The memory of a block, to receive pages into."""
+        return self._incoming(block).room(runs)
+
+    def _incoming(self, name: str) -> IncomingBlock:
+        if name not in self._blocks:
+            raise StreamError("no content of a block that both sides share", "a page", block=name)
+        return self._blocks[name]
 
     def disk_chunk(self, chunk: DiskChunk) -> None:
         """Refuse it."""

@@ -14,6 +14,8 @@ from vmferry.wire.ram import RamBlocks, RamPages
 from vmferry.wire.sections import SectionStart
 from vmferry.wire.split import DecodedDevices
 
+from .runs import Runs
+
 
 class Sink(Protocol):
     """Takes what a destination receives, in the order of the stream.
@@ -59,10 +61,13 @@ class Sink(Protocol):
 
 
 class Loader(Protocol):
-    """Who knows a machine's devices and iterative handlers by what they declare."""
+    """Who has a machine's memory, and knows its devices and handlers by what they declare."""
 
     def decode(self, head: SectionStart, data: memoryview, offset: int) -> tuple[int, Any]:
         """Decode the state of a device; see :data:`vmferry.wire.split.Decode`."""
+
+    def room(self, block: str, runs: Runs) -> memoryview:
+        """The memory of a block, to receive pages into; by any thread, as :meth:`Sink.pages`."""
 
     def devices(self, decoded: DecodedDevices) -> None:
         """What :meth:`decode` made of the device sections, in their order."""

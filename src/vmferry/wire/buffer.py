@@ -78,6 +78,10 @@ class ReceiveBuffer:
         self._start += count
         self.offset += count
 
+    def bypassed(self, count: int) -> None:
+        """Take note that *count* bytes of the channel went elsewhere, and nothing waits."""
+        self.offset += count
+
 
 class Cursor:
     """Reading numbers and names off a buffer, each step a generator that waits for its bytes."""

@@ -71,8 +71,8 @@ class Packet:
 
     ``normal`` are the offsets of pages whose content is in ``payload`` in that order, compressed by
     ``method``; ``zero`` those of zero pages (QEMU 9.0), which have no payload.  ``block`` is
-    ``None`` where there is no page.  ``payload`` lends the reader's buffer; ``offset`` is the
-    packet's place in its channel.
+    ``None`` where there is no page.  ``payload`` lends the reader's buffer, and ``missing`` bytes
+    of it are still to come; ``offset`` is the packet's place in its channel.
     """
 
     header: bytes
@@ -83,6 +83,7 @@ class Packet:
     normal: npt.NDArray[np.uint64]
     zero: npt.NDArray[np.uint64]
     offset: int = 0
+    missing: int = 0
 
     def encode(self) -> bytes:
         """The packet as on the wire."""
@@ -118,14 +119,33 @@ class MultifdReader(ChannelReader[Hello | Packet]):
 
     *blocks* are the machine's RAM blocks by name and may be filled in later than the first packet
     is read, which is a synchronisation.
+
+    With *bypass* a packet whose pages are not compressed is told as soon as its header is there.
+    Whoever takes it receives what is missing, tells ``buffer.bypassed``, and then goes on.
     """
 
     def __init__(
-        self, blocks: Mapping[str, RamBlock], *, page_size: int = 4096, channel: str = "multifd"
+        self,
+        blocks: Mapping[str, RamBlock],
+        *,
+        page_size: int = 4096,
+        channel: str = "multifd",
+        bypass: bool = False,
     ) -> None:
         super().__init__(channel, 2 << 20)
         self.page_size = page_size
         self._blocks = blocks
+        self._bypass = bypass
+
+    def room(self) -> memoryview:
+        """Where to receive what comes next: with *bypass* a header, and not what follows it."""
+        room = self.buffer.room()
+        left = self._header_size - len(self.buffer)
+        return room[:left] if self._bypass and left > 0 else room
+
+    @property
+    def _header_size(self) -> int:
+        return _FIXED + 8 * pages_per_packet(self.page_size)
 
     def _parse(self) -> Parse[None]:
         yield (yield from _hello(self._at))
@@ -134,7 +154,7 @@ class MultifdReader(ChannelReader[Hello | Packet]):
 
     def _packet(self, at: Cursor) -> Parse[Packet]:
         yield from _magic(at, "a packet")
-        size = _FIXED + 8 * pages_per_packet(self.page_size)
+        size = self._header_size
         yield from at.need(size, "the header of a packet")
         header = bytes(at.buffer.peek(size))
         method = self._method(at, header)
@@ -143,18 +163,21 @@ class MultifdReader(ChannelReader[Hello | Packet]):
         offsets = np.frombuffer(header, ">u8", normal + zero, _FIXED).astype(np.uint64)
         if block is not None:
             self._check_offsets(at, block, offsets)
-        yield from at.need(size + payload_size, "the pages of a packet")
+        if not (self._bypass and method == Method.NONE):
+            yield from at.need(size + payload_size, "the pages of a packet")
+        here = min(len(at.buffer) - size, payload_size)
         packet = Packet(
             header,
-            at.buffer.peek(size + payload_size)[size:],
+            at.buffer.peek(size + here)[size:],
             bool(header[11] & _SYNC),
             method,
             block,
             offsets[:normal],
             offsets[normal:],
             at.buffer.offset,
+            payload_size - here,
         )
-        at.buffer.advance(size + payload_size)
+        at.buffer.advance(size + here)
         return packet
 
     def _method(self, at: Cursor, header: bytes) -> Method:
