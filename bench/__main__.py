@@ -11,7 +11,19 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import dirty, images, inspect, kernels, live, receive, send, startup, state, xbzrle
+from bench import (
+    dirty,
+    images,
+    inspect,
+    kernels,
+    live,
+    receive,
+    restore,
+    send,
+    startup,
+    state,
+    xbzrle,
+)
 from bench.measure import Row, Unmeasured
 from bench.places import Places, machine, places
 from bench.table import problems, table
@@ -23,6 +35,7 @@ _PAGES = {
     "receive": receive.rows,
     "send": send.rows,
     "live": live.rows,
+    "restore": restore.rows,
     "state": state.rows,
     "images": images.rows,
     # Last, for their arrays: the memory of a process counts in the peak of those it starts.

@@ -30,11 +30,13 @@ from .version import __version__
 if TYPE_CHECKING:
     from .checkpoint.checkpoint import Checkpoint
     from .checkpoint.export.convert import Exported, convert
+    from .checkpoint.restore import Restore, Restored
     from .checkpoint.stream_file import open_stream
     from .checkpoint.survey import Survey
     from .checkpoint.transfer import receive, send
     from .migration.connections import Deadlines
     from .migration.handlers import Iterative, PieceReader, PieceWriter
+    from .migration.postcopy.source import LazyOptions, Paused
     from .migration.progress import Progress
     from .migration.registry import Registry
     from .migration.saving import Machine
@@ -48,12 +50,16 @@ _LAZY = {
     "Deadlines": "migration.connections",
     "Exported": "checkpoint.export.convert",
     "Iterative": "migration.handlers",
+    "LazyOptions": "migration.postcopy.source",
     "Machine": "migration.saving",
     "Method": "wire.multifd",
+    "Paused": "migration.postcopy.source",
     "PieceReader": "migration.handlers",
     "PieceWriter": "migration.handlers",
     "Progress": "migration.progress",
     "Registry": "migration.registry",
+    "Restore": "checkpoint.restore",
+    "Restored": "checkpoint.restore",
     "SendOptions": "migration.source",
     "Survey": "checkpoint.survey",
     "Tolerate": "wire.reader",
@@ -74,15 +80,19 @@ __all__ = [
     "DeclarationError",
     "Exported",
     "Iterative",
+    "LazyOptions",
     "LimitExceeded",
     "Machine",
     "MachineError",
     "Method",
+    "Paused",
     "PeerError",
     "PieceReader",
     "PieceWriter",
     "Progress",
     "Registry",
+    "Restore",
+    "Restored",
     "SendOptions",
     "StateError",
     "StorageError",

@@ -17,6 +17,7 @@ import pytest
 
 import vmferry
 from tests.cli.command import COMMAND, environment
+from tests.cli.command import vmferry as vmferry_command
 from tests.data.record import DRIVES
 from tests.interop.lab import PC, Lab, Vm, wait_until
 from tests.support.capture import Scenario
@@ -242,3 +243,58 @@ def test_command_starts_qemu(lab: Lab) -> None:
     beats = [line for line in serial.read_text().splitlines() if line.startswith("C ")]
     assert int(beats[0].split()[1], 16) > after
     assert not [line for line in serial.read_text().splitlines() if line.startswith("E")]
+
+
+def test_what_was_wanted_is_shown(lab: Lab) -> None:
+    checkpoint = lab.receive(lab.source())
+    arguments = ("inspect", checkpoint.path, "--working-set")
+    assert "never restored" in vmferry_command(*arguments).stdout
+    for _ in range(2):
+        restored(lab, checkpoint)
+    content = json.loads(vmferry_command(*arguments, "--json").stdout)
+    assert content["restores"] == 2
+    assert content["pages"] == sum(content["blocks"].values())
+    assert 0 < content["share"] < 1
+    assert 0 < content["coverage"] <= 1
+    assert "learned in 2 restores" in vmferry_command(*arguments).stdout
+
+
+def test_command_that_returns_leaves_a_process_that_serves(lab: Lab) -> None:
+    source = lab.source()
+    checkpoint = lab.receive(source)
+    after = source.serial.drain()
+    vm, monitor = monitored(lab)
+    uri = f"unix:{lab.directory()}/socket"
+    done = vmferry_command(
+        *("restore", checkpoint.path, uri, "--qmp", monitor, "--background"),
+        *("--bandwidth", "400kB/s", "--json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"]
+    assert vm.run_state == "running"
+    assert vm.status() == "postcopy-active"
+    vm.qemu.wait_migration()
+    lab.assert_counts(vm, after)
+
+
+def test_destination_that_dies_ends_the_restore(lab: Lab) -> None:
+    checkpoint = lab.receive(lab.source())
+    vm = lab.destination()
+    uri = f"unix:{lab.directory()}/socket"
+    vm.qemu.incoming(uri, capabilities=("postcopy-ram",))
+    with command("restore", checkpoint.path, uri, "--bandwidth", "1MB/s") as process:
+        wait_until(lambda: vm.status() == "postcopy-active")
+        os.kill(vm.qemu.pid, signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "Traceback" not in err
+    assert "destination" in err
+
+
+def test_destination_without_the_capability_is_told_from_a_broken_network(lab: Lab) -> None:
+    checkpoint = lab.receive(lab.source())
+    vm = lab.destination()
+    uri = f"unix:{lab.directory()}/socket"
+    vm.qemu.incoming(uri)
+    with pytest.raises(vmferry.PeerError, match="postcopy-ram"):
+        Restore(checkpoint, uri).run()

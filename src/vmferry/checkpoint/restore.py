@@ -129,8 +129,7 @@ class Restore:
         :func:`~vmferry.checkpoint.transfer.send` raises.
         """
         waiting = self._prepare()
-        pages = [block.length // self._checkpoint.page_size for block in self._checkpoint.blocks]
-        known = working_set.read(self._checkpoint.path, pages)
+        known = _known(self._checkpoint)
         first, held = known.split() if self._learn else ([], set())
         source = self._begin(self._options, Service())
         per_unit = [block.unit // self._checkpoint.page_size for block in source.blocks]
@@ -210,6 +209,35 @@ class Restore:
         return waiting
 
 
+def survey_working_set(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is known of the pages that the machine wants first, as plain data.
+
+    ``coverage`` is the share of what was wanted at the last restore that had been sent before it
+    was asked for; ``None`` before there were two.
+    """
+    known = _known(checkpoint)
+    size = checkpoint.page_size
+    counts = np.bincount(known.entries["block"], minlength=len(checkpoint.blocks)).tolist()
+    total = sum(block.length for block in checkpoint.blocks)
+    return {
+        "pages": len(known.entries),
+        "bytes": len(known.entries) * size,
+        "share": len(known.entries) * size / total if total else 0.0,
+        "restores": known.restores,
+        "coverage": known.coverage,
+        "blocks": {
+            block.name: count
+            for block, count in zip(checkpoint.blocks, counts, strict=True)
+            if count
+        },
+    }
+
+
+def _known(checkpoint: Checkpoint) -> working_set.WorkingSet:
+    pages = [block.length // checkpoint.page_size for block in checkpoint.blocks]
+    return working_set.read(checkpoint.path, pages)
+
+
 def is_paused(checkpoint: Checkpoint) -> bool:
     """Whether the machine stood still when it was saved (section ``globalstate``)."""
     for section in checkpoint.device_sections:
@@ -255,23 +283,3 @@ class _VerifiedPages:
                     " damaged: its content does not match its sum"
                 )
             offset += len(buffer)
-
-
-def restore(
-    checkpoint: Checkpoint,
-    uri: str,
-    *,
-    qmp: Qmp | None = None,
-    options: LazyOptions | None = None,
-    progress: Report | None = None,
-    verify: bool = False,
-    learn: bool = True,
-    started: Callable[[Restore], None] | None = None,
-) -> Restored:
-    """As :class:`Restore`; *started* gets it before anything is sent."""
-    work = Restore(
-        checkpoint, uri, qmp=qmp, options=options, progress=progress, verify=verify, learn=learn
-    )
-    if started is not None:
-        started(work)
-    return work.run()

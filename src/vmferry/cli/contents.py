@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
+from typing import Any, Final
 
 from vmferry.checkpoint.survey import KINDS, BlockSurvey, SectionSurvey, Survey
 from vmferry.units import format_size
@@ -151,3 +151,23 @@ def _table(rows: Sequence[Sequence[str]], right: Iterable[int] | None = None) ->
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  " + "  ".join(cells)
+
+
+def working_set(content: dict[str, Any]) -> Iterator[str]:
+    """What a machine wants first when it is restored."""
+    if not content["restores"]:
+        yield "no working set: the machine was never restored by vmferry restore"
+        return
+    yield (
+        f"{content['pages']:,} pages, {format_size(content['bytes'])},"
+        f" {content['share']:.1%} of guest memory"
+    )
+    for block, pages in content["blocks"].items():
+        yield f"  {name(block)}: {pages:,} pages"
+    learned = f"learned in {content['restores']} restores"
+    if content["coverage"] is not None:
+        learned += (
+            f"; in the last one {content['coverage']:.0%} of what was wanted had been sent before"
+            " it was asked for"
+        )
+    yield learned

@@ -33,6 +33,13 @@ def command(
     sections: Annotated[
         bool, typer.Option("--sections", help="Show the list of sections only.")
     ] = False,
+    working_set: Annotated[
+        bool,
+        typer.Option(
+            "--working-set",
+            help="Show what the machine wanted first when it was restored (vmferry restore).",
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every checksum of a checkpoint.")
     ] = False,
@@ -46,6 +53,8 @@ def command(
 
     Of a broken stream, what stands before the fault is shown.
     """
+    if working_set:
+        return _write_working_set(source, json=json)
     survey = _survey(source, verify=verify, max_ram=max_ram, page_size=page_size)
     wanted = {
         part
@@ -58,6 +67,21 @@ def command(
         _write_text(survey, wanted, device or [], verified=verify)
     if survey.error is not None:
         raise survey.error
+    return None
+
+
+def _write_working_set(source: str, *, json: bool) -> None:
+    from json import dumps
+
+    from vmferry import Checkpoint
+    from vmferry.checkpoint.restore import survey_working_set
+
+    from .contents import working_set
+    from .output import write
+
+    with Checkpoint(source) as checkpoint:
+        content = survey_working_set(checkpoint)
+    write(dumps(content, indent=1).splitlines() if json else working_set(content))
 
 
 def _write_text(

@@ -76,6 +76,12 @@ def command(
             help="Send first what was wanted first in earlier restores, and note what is wanted.",
         ),
     ] = True,
+    background: Annotated[
+        bool,
+        typer.Option(
+            "--background", help="Return once the machine runs, and leave a process that serves it."
+        ),
+    ] = False,
     timeout: Annotated[
         float,
         typer.Option(
@@ -102,6 +108,10 @@ def command(
     from .signals import Interrupted, supervised
     from .views import Moving
 
+    if background:
+        from .background import leave_behind
+
+        return leave_behind(json=json, quiet=quiet)
     options = LazyOptions(
         preempt=preempt,
         page_sizes=sizes_of(page_size or []),
@@ -133,10 +143,11 @@ def command(
             raise
         if outcome is None:
             report.finished(Done(f"sent {directory}", {"directory": str(directory)}))
-            return
+            return None
         running = "paused" if outcome.running is None else f"running after {outcome.running:.3f} s"
         text = (
             f"restored {directory}: {running}, complete after {outcome.total:.2f} s;"
             f" {outcome.requests} requests, {outcome.pages} pages sent"
         )
         report.finished(Done(text, outcome.to_json()))
+    return None

@@ -16,8 +16,9 @@ INTERVAL: Final = 0.1
 class Progress:
     """A moment of a migration.
 
-    Phases are ``setup``, ``active``, ``device`` (sending only), ``storing`` or ``loading``, and one
-    of ``completed``, ``sent`` (where nobody answers) and ``failed``.  Sizes are in bytes, ``rate``
+    Phases are ``setup``, ``active``, ``device`` (sending only), ``postcopy-active`` (the machine
+    runs at the destination), ``storing`` or ``loading``, and one of ``completed``, ``sent`` (where
+    nobody answers) and ``failed``.  Sizes are in bytes, ``rate``
     in bytes per second since the report before, ``elapsed`` in seconds since the first byte.
     ``ram_total`` and ``page_size`` are 0 until guest memory is known.  ``round`` counts passes over
     it from 1; pages of later rounds are sent again because the machine wrote to them.

@@ -363,6 +363,7 @@ class LazySource:
             case Pong(value) if value == _LOADED:
                 service.loaded = time.perf_counter() - self._began
                 self._runs = True
+                self._meter.phase("postcopy-active")
                 reach("loaded-heard")
             case Pong() | SwitchoverAck():
                 pass

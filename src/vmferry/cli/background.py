@@ -1,0 +1,37 @@
+"""A command that returns while a process of it goes on."""
+
+from __future__ import annotations
+
+import json as _json
+import subprocess
+import sys
+from typing import Any
+
+import typer
+
+from .output import say
+
+
+def leave_behind(*, json: bool, quiet: bool) -> None:
+    """Run this very command in a session of its own, and return once its machine runs.
+
+    Where it ends before, so does this one, with its status.
+    """
+    arguments = [a for a in sys.argv[1:] if a not in {"--background", "--quiet", "-q", "--json"}]
+    command = [sys.executable, "-m", "vmferry", arguments[0], "--json", *arguments[1:]]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, text=True
+    )
+    for line in process.stdout or ():
+        event: dict[str, Any] = _json.loads(line)
+        if event["event"] == "progress" and event["phase"] == "postcopy-active":
+            if json:
+                say(_json.dumps({"event": "result", "ok": True, "pid": process.pid}), sys.stdout)
+            elif not quiet:
+                say(f"running; process {process.pid} sends the rest of its memory", sys.stdout)
+            return
+        if event["event"] == "result":
+            if json:
+                say(line.rstrip(), sys.stdout)
+            break
+    raise typer.Exit(process.wait())
