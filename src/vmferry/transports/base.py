@@ -171,6 +171,7 @@ class SharedResource(_Closing):
         self._users = 0
         self._is_shut = False
         self._is_released = False
+        self._use = _Use(self._enter, self._leave)
 
     @abstractmethod
     def _interrupt(self) -> None:
@@ -194,7 +195,7 @@ class SharedResource(_Closing):
 
     def in_use(self) -> _Use:
         """Brackets a call that uses the descriptors."""
-        return _Use(self._enter, self._leave)
+        return self._use
 
     def _enter(self) -> None:
         with self._lock:
@@ -205,7 +206,9 @@ class SharedResource(_Closing):
     def _leave(self) -> None:
         with self._lock:
             self._users -= 1
-        self._release_if_idle()
+            is_shut = self._is_shut
+        if is_shut:
+            self._release_if_idle()
 
     def _release_if_idle(self) -> None:
         with self._lock:

@@ -165,6 +165,8 @@ _MESSAGES: Final[dict[int, tuple[range, Callable[[bytes], Message] | None]]] = {
     Reason.kind: (range(1, _REASON + 1), _reason),
 }
 
+_UNKNOWN: Final[tuple[range, None]] = range(0), None
+
 
 class ReturnPathReader(ChannelReader[Message]):
     """Reads what a destination answers.
@@ -178,7 +180,26 @@ class ReturnPathReader(ChannelReader[Message]):
 
     def _parse(self) -> Parse[None]:
         while (yield from self._at.more()):
-            yield (yield from within(self._message(self._at), offset=self.buffer.offset))
+            message = self._whole()
+            if message is None:
+                message = yield from within(self._message(self._at), offset=self.buffer.offset)
+            yield message
+
+    def _whole(self) -> Message | None:
+        """The next message if all of it is there, as nearly always: a guest may wait for it."""
+        view = self.buffer.view()
+        if len(view) < 4:
+            return None
+        kind, size = view[0] << 8 | view[1], view[2] << 8 | view[3]
+        lengths, read = _MESSAGES.get(kind, _UNKNOWN)
+        if read is None or size not in lengths or len(view) < 4 + size:
+            return None
+        try:
+            message = read(bytes(view[4 : 4 + size]))
+        except StreamError as error:
+            raise error.within(offset=self.buffer.offset) from None
+        self.buffer.advance(4 + size)
+        return message
 
     def _message(self, at: Cursor) -> Parse[Message]:
         kind = yield from at.number(2, "the type of a message")
