@@ -48,11 +48,14 @@ def units_populated(fd: int, at: int, last: int, size: int) -> Iterator[int]:
 def populated(fd: int, address: int, first: int, last: int) -> Flags:
     """Which of the pages *first* to before *last* have memory; *address* is where the first is."""
     found = np.zeros(last - first, np.bool_)
-    regions = units_populated(fd, first // _PAGES, -(-last // _PAGES), REGION)
-    for region in regions:
-        start, end = max(region * _PAGES, first), min((region + 1) * _PAGES, last)
+    regions = np.zeros(-(-last // _PAGES), np.bool_)
+    regions[list(units_populated(fd, first // _PAGES, len(regions), REGION))] = True
+    for region, behind in runs(regions):
+        start, end = max(region * _PAGES, first), min(behind * _PAGES, last)
         part = found[start - first : end - first]
         part |= _resident(address + (start - first) * PAGE_SIZE, end - start)
+        if part.all():
+            continue
         # What is not resident may have been swapped out.
         for low, high in runs(~part):
             for page in units_populated(fd, start + low, start + high, PAGE_SIZE):
