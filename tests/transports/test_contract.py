@@ -80,8 +80,8 @@ def test_parts_of_a_file_arrive_in_order(pair: Pair) -> None:
         file.flush()
 
         def send() -> None:
-            sender.send([b"head"])
-            sender.send_file(file.fileno(), 5, len(data) - 6)
+
+            sender.send_file(b"head", file.fileno(), 5, len(data) - 6)
             sender.send([b"tail"])
 
         sending = background(send)
@@ -93,7 +93,7 @@ def test_a_file_that_is_too_short_is_an_error(pair: Pair) -> None:
     sender, _ = pair
     file = os.memfd_create("empty")
     with pytest.raises(UsageError, match="ends 7 bytes too early"):
-        sender.send_file(file, 0, 7)
+        sender.send_file(b"", file, 0, 7)
     os.close(file)
 
 

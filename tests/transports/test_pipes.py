@@ -136,7 +136,7 @@ def test_sending_to_a_closed_pipe_is_an_error_even_where_sigpipe_kills() -> None
             with pytest.raises(TransportError, match="Broken pipe"):
                 sender.send([b"x"])
             with pytest.raises(TransportError, match="Broken pipe"):
-                sender.send_file(program.fileno(), 0, 1)
+                sender.send_file(b"", program.fileno(), 0, 1)
         finally:
             signal.signal(signal.SIGPIPE, handler)
 

@@ -36,7 +36,8 @@ class PageClaims:
         """Within, these pages of a block are nobody else's; waits until they are free."""
         claimed = self._claimed[block]
         with self._freed:
-            self._freed.wait_for(lambda: not any(claimed[part].any() for part in pages))
+            while any(claimed[part].any() for part in pages):
+                self._freed.wait()
             for part in pages:
                 claimed[part] = True
         try:

@@ -37,20 +37,25 @@ _COMPRESSORS: Final[Mapping[Method, Callable[[int], Compressor]]] = {
 _RUNS: Final = 8
 """Runs of pages in one packet that are each sent from the file: more are copied together first."""
 
-Payload = Callable[[memoryview], memoryview]
+_PACKETS: Final = 4
+"""Packets that a channel takes at once where they cost little: with them the memory of a region."""
+
+Numbers = npt.NDArray[np.uint64]
+
+Payload = Callable[[Numbers, memoryview], memoryview]
 """The content of some pages, one behind the other, perhaps in the buffer that is given; called by
-the thread of a channel."""
+the threads of channels."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Pages of a block, by number, ascending and no more than one packet takes.
+    """Pages of a block, by number and ascending.
 
     ``file`` is a descriptor that has the content of the block, or ``None``.
     """
 
     block: RamBlock
-    pages: npt.NDArray[np.uint64]
+    pages: Numbers
     payload: Payload
     file: int | None
 
@@ -78,6 +83,7 @@ class PageSender:
     ) -> None:
         self._channels = channels
         self._by_reference = by_reference and method == Method.NONE
+        self._step = pages_per_packet(page_size)
         self._idle = idle
         self._page_size = page_size
         self._method = method
@@ -105,22 +111,19 @@ class PageSender:
         for first in range(0, len(store.sums), step):
             pages = np.flatnonzero(store.sums[first : first + step]) + first
             if len(pages):
-                numbers = pages.astype(np.uint64)
-                self.send(block, numbers, partial(_stored, store, numbers, self._page_size))
+                self.send(block, pages.astype(np.uint64), partial(_stored, store, self._page_size))
 
     def send(
-        self,
-        block: RamBlock,
-        pages: npt.NDArray[np.uint64],
-        payload: Payload,
-        file: int | None = None,
+        self, block: RamBlock, pages: Numbers, payload: Payload, file: int | None = None
     ) -> None:
-        """Queue pages of a block, by number, ascending and no more than one packet takes.
+        """Queue pages of a block, by number and ascending.
 
         *file* is a descriptor that has the content of the block, if there is one.
         """
-        self._check()
-        self._jobs.put(_Job(block, pages, payload, file))
+        step = self._step * (_PACKETS if self._by_reference else 1)
+        for first in range(0, len(pages), step):
+            self._check()
+            self._jobs.put(_Job(block, pages[first : first + step], payload, file))
 
     def synchronise(self) -> None:
         """Send what is queued, then a synchronisation on every channel."""
@@ -161,32 +164,27 @@ class PageSender:
     def _send(
         self, channel: Channel, job: _Job, compressor: Compressor, buffer: memoryview
     ) -> None:
-        offsets = job.pages * np.uint64(self._page_size)
-        runs = self._in_file(job)
-        if runs and job.file is not None:
-            size = len(job.pages) * self._page_size
-            header = self._header(job.block, offsets, size)
-            channel.send([header], self._idle)
-            for start, count in runs:
-                channel.send_file(job.file, start, count, self._idle)
-        else:
-            content = job.payload(buffer)
-            payload = content if self._method == Method.NONE else compressor.pack(content)
-            size = len(payload)
-            header = self._header(job.block, offsets, size)
-            channel.send([header, payload], self._idle)
-        sent = len(header) + size
-        self._meter.count(transferred=sent, multifd=sent, normal=len(job.pages))
-        self._meter.tick()
-
-    def _in_file(self, job: _Job) -> list[tuple[int, int]]:
-        """Where to send the pages from, as places and sizes in the file; empty to make a copy."""
-        if job.file is None or not self._by_reference:
-            return []
-        runs, size = page_runs(job.pages), self._page_size
-        if len(runs) > _RUNS:
-            return []
-        return [(first * size, (last - first) * size) for first, last in runs]
+        for first in range(0, len(job.pages), self._step):
+            pages = job.pages[first : first + self._step]
+            offsets = pages * np.uint64(self._page_size)
+            runs = page_runs(pages) if self._by_reference and job.file is not None else ()
+            if job.file is not None and 0 < len(runs) <= _RUNS:
+                size = len(pages) * self._page_size
+                header = self._header(job.block, offsets, size)
+                head = header
+                for start, end in runs:
+                    place, count = start * self._page_size, (end - start) * self._page_size
+                    channel.send_file(head, job.file, place, count, self._idle)
+                    head = b""
+            else:
+                content = job.payload(pages, buffer)
+                payload = content if self._method == Method.NONE else compressor.pack(content)
+                size = len(payload)
+                header = self._header(job.block, offsets, size)
+                channel.send([header, payload], self._idle)
+            sent = len(header) + size
+            self._meter.count(transferred=sent, multifd=sent, normal=len(pages))
+            self._meter.tick()
 
     def _header(
         self,
@@ -207,9 +205,7 @@ class PageSender:
         )
 
 
-def _stored(
-    store: PageStore, pages: npt.NDArray[np.uint64], size: int, buffer: memoryview
-) -> memoryview:
+def _stored(store: PageStore, size: int, pages: Numbers, buffer: memoryview) -> memoryview:
     """Read pages of a store, with those between them."""
     first, last = int(pages[0]), int(pages[-1])
     span = buffer[: (last - first + 1) * size]

@@ -27,7 +27,6 @@ from vmferry.pages import (
     zero_pages,
 )
 from vmferry.wire.buffer import encode_name
-from vmferry.wire.multifd import pages_per_packet
 from vmferry.wire.ram import RamBlock
 
 from .batches import Batch
@@ -85,12 +84,12 @@ class DirtyBlock:
         self.known |= bits
         return int(np.count_nonzero(bits))
 
-    def take(self, most: int = _TAKE) -> Iterator[Numbers]:
-        """Dirty pages, by number and ascending, each time at most *most*, until none is left."""
-        out = np.empty(most, np.uint64)
+    def take(self) -> Iterator[Numbers]:
+        """Dirty pages, by number and ascending, some at a time, until none is left."""
+        out = np.empty(_TAKE, np.uint64)
         at = 0
         while True:
-            at, count = take_pages(self.dirty, at, most, out)
+            at, count = take_pages(self.dirty, at, _TAKE, out)
             if not count:
                 return
             yield out[:count]
@@ -177,7 +176,7 @@ class Precopy:
     def _round(self, pages: PageSender | None, delta: XbzrleCache | None) -> Iterator[Batch]:
         base = 0
         for block in self._blocks:
-            for numbers in block.take(_TAKE if pages is None else pages_per_packet(PAGE_SIZE)):
+            for numbers in block.take():
                 if pages is not None:
                     yield from self._pack(block, _hand_over(pages, block, numbers))
                 elif delta is not None:
@@ -242,7 +241,7 @@ def _hand_over(pages: PageSender, block: DirtyBlock, numbers: Numbers) -> Number
     count = zero_pages(block.content, numbers, PAGE_SIZE, zero, block.known)
     if count < len(numbers):
         full = numbers[zero == 0]
-        pages.send(block.block, full, partial(_content, block.content, full), block.file)
+        pages.send(block.block, full, partial(_content, block.content), block.file)
     rest: Numbers = numbers[zero != 0]
     return rest
 

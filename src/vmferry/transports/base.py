@@ -92,9 +92,9 @@ class Channel(_Closing):
         """
 
     def send_file(
-        self, descriptor: int, offset: int, count: int, timeout: float | None = None
+        self, head: bytes, descriptor: int, offset: int, count: int, timeout: float | None = None
     ) -> None:
-        """Send *count* bytes of a file from *offset* on, as :meth:`send` does.
+        """Send *head*, and *count* bytes of a file from *offset* on, as :meth:`send` does.
 
         What is written to the file meanwhile, and until the peer has received them, it may get or
         not: where the transport can, it refers to the memory of the file and makes no copy.
@@ -103,7 +103,8 @@ class Channel(_Closing):
             data = os.pread(descriptor, min(count, _PIECE), offset)
             if not data:
                 raise cut_off(self.name, count)
-            self.send([data], timeout)
+            self.send([head, data], timeout)
+            head = b""
             offset += len(data)
             count -= len(data)
 

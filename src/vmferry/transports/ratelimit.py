@@ -119,12 +119,14 @@ class LimitedChannel(WrappedChannel):
             gather.sent(gather.window_size)
 
     def send_file(
-        self, descriptor: int, offset: int, count: int, timeout: float | None = None
+        self, head: bytes, descriptor: int, offset: int, count: int, timeout: float | None = None
     ) -> None:
         """See :meth:`Channel.send_file`; goes out in portions of 5 ms."""
+        self._limit.take(len(head))
         while count:
             portion = self._limit.take_some(count)
-            self._channel.send_file(descriptor, offset, portion, timeout)
+            self._channel.send_file(head, descriptor, offset, portion, timeout)
+            head = b""
             offset += portion
             count -= portion
 

@@ -109,36 +109,45 @@ class SocketChannel(SharedResource, Channel):
     def send(self, parts: Sequence[Buffer], timeout: float | None = None) -> None:
         """See :meth:`Channel.send`."""
         gather = Gather(parts)
-        with self._sending(timeout):
-            while window := gather.window():
-                # A program may have given SIGPIPE back its default: it must not kill us.
-                gather.sent(self._socket.sendmsg(window, (), socket.MSG_NOSIGNAL))
+        with self.in_use():
+            try:
+                self._prepare_to_send(timeout)
+                while window := gather.window():
+                    # A program may have given SIGPIPE back its default: it must not kill us.
+                    gather.sent(self._socket.sendmsg(window, (), socket.MSG_NOSIGNAL))
+            except OSError as error:
+                raise self._not_sent(error, timeout) from error
 
     def send_file(
-        self, descriptor: int, offset: int, count: int, timeout: float | None = None
+        self, head: bytes, descriptor: int, offset: int, count: int, timeout: float | None = None
     ) -> None:
         """See :meth:`Channel.send_file`; since Linux 6.5 without a copy on this side."""
-        with self._sending(timeout), _without_sigpipe():
-            while count:
-                sent = os.sendfile(self._socket.fileno(), descriptor, offset, count)
-                if not sent:
-                    raise cut_off(self.name, count)
-                offset += sent
-                count -= sent
-
-    @contextlib.contextmanager
-    def _sending(self, timeout: float | None) -> Iterator[None]:
-        """Brackets calls that send; each may wait *timeout* seconds."""
-        with self.in_use():
-            if self._has_ended:
-                raise sending_after_end(self.name)
+        with self.in_use(), _without_sigpipe():
             try:
-                self._limit(socket.SO_SNDTIMEO, timeout)
-                yield
-            except BlockingIOError:
-                raise clogged(self.name, timeout or 0.0) from None
+                self._prepare_to_send(timeout)
+                while head:
+                    flags = socket.MSG_NOSIGNAL | socket.MSG_MORE
+                    head = head[self._socket.send(head, flags) :]
+                while count:
+                    sent = os.sendfile(self._socket.fileno(), descriptor, offset, count)
+                    if not sent:
+                        raise cut_off(self.name, count)
+                    offset += sent
+                    count -= sent
             except OSError as error:
-                raise self._failure("sending", error) from error
+                raise self._not_sent(error, timeout) from error
+
+    def _prepare_to_send(self, timeout: float | None) -> None:
+        if self._has_ended:
+            raise sending_after_end(self.name)
+        self._limit(socket.SO_SNDTIMEO, timeout)
+
+    def _not_sent(
+        self, error: OSError, timeout: float | None
+    ) -> ChannelClosed | TransportError | StorageError:
+        if isinstance(error, BlockingIOError):
+            return clogged(self.name, timeout or 0.0)
+        return self._failure("sending", error)
 
     def end_of_data(self) -> None:
         """See :meth:`Channel.end_of_data`; the peer finds the end behind what was sent."""
@@ -205,10 +214,8 @@ def _without_sigpipe() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
     try:
         yield
-    except BrokenPipeError:
-        signal.sigtimedwait({signal.SIGPIPE} - before, 0)
-        raise
     finally:
+        signal.sigtimedwait({signal.SIGPIPE} - before, 0)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

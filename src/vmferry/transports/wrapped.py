@@ -33,10 +33,10 @@ class WrappedChannel(Channel):
         self._channel.send(parts, timeout)
 
     def send_file(
-        self, descriptor: int, offset: int, count: int, timeout: float | None = None
+        self, head: bytes, descriptor: int, offset: int, count: int, timeout: float | None = None
     ) -> None:
         """See :meth:`Channel.send_file`."""
-        self._channel.send_file(descriptor, offset, count, timeout)
+        self._channel.send_file(head, descriptor, offset, count, timeout)
 
     def end_of_data(self) -> None:
         """See :meth:`Channel.end_of_data`."""

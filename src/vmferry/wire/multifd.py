@@ -7,7 +7,8 @@ Empty packets repeat name, sizes and offsets of an older packet: only counts and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -28,7 +29,10 @@ PACKET_BYTES: Final = 512 << 10
 """Bytes of pages in one packet at the most, whatever the size of a page."""
 
 _INITIAL: Final = 64
-_FIXED: Final = 320
+_HEADER: Final = struct.Struct(">4sIIIIIQI28x256s")
+"""Magic, version, flags, entries of the table, pages with content, bytes of payload, number of the
+packet, zero pages, and the name of the block; the table of offsets follows."""
+_FIXED: Final = _HEADER.size
 _SYNC: Final = 1
 _METHOD_MASK: Final = 0x1FFFF << 1
 _DEVICE_STATE: Final = 32 << 1
@@ -106,12 +110,11 @@ def encode_header(
     sync: bool = False,
 ) -> bytes:
     """The header of a packet in the layout of QEMU 4.0 to 8.2."""
-    fields = (method | (_SYNC if sync else 0), pages_per_packet(page_size), len(normal))
-    head = MAGIC + VERSION.to_bytes(4) + b"".join(value.to_bytes(4) for value in fields)
-    head += payload_size.to_bytes(4) + number.to_bytes(8) + bytes(32)
+    entries = pages_per_packet(page_size)
+    flags = method | (_SYNC if sync else 0)
     name = block.name.encode("utf-8") if block is not None else b""
-    table = normal.astype(">u8").tobytes().ljust(8 * pages_per_packet(page_size), b"\0")
-    return head + name.ljust(256, b"\0") + table
+    head = _HEADER.pack(MAGIC, VERSION, flags, entries, len(normal), payload_size, number, 0, name)
+    return head + normal.astype(">u8").tobytes().ljust(8 * entries, b"\0")
 
 
 class MultifdReader(ChannelReader[Hello | Packet]):
@@ -157,9 +160,10 @@ class MultifdReader(ChannelReader[Hello | Packet]):
         size = self._header_size
         yield from at.need(size, "the header of a packet")
         header = bytes(at.buffer.peek(size))
-        method = self._method(at, header)
-        normal, zero, payload_size = self._counts(at, header, method)
-        block = self._block(at, header) if normal or zero else None
+        _, _, flags, _, *counts, name = _HEADER.unpack_from(header)
+        method = self._method(at, flags, counts[0])
+        normal, zero, payload_size = self._counts(at, counts, method)
+        block = self._block(at, name) if normal or zero else None
         offsets = np.frombuffer(header, ">u8", normal + zero, _FIXED).astype(np.uint64)
         if block is not None:
             self._check_offsets(at, block, offsets)
@@ -169,7 +173,7 @@ class MultifdReader(ChannelReader[Hello | Packet]):
         packet = Packet(
             header,
             at.buffer.peek(size + here)[size:],
-            bool(header[11] & _SYNC),
+            bool(flags & _SYNC),
             method,
             block,
             offsets[:normal],
@@ -180,8 +184,7 @@ class MultifdReader(ChannelReader[Hello | Packet]):
         at.buffer.advance(size + here)
         return packet
 
-    def _method(self, at: Cursor, header: bytes) -> Method:
-        flags, normal = _number(header, 8), _number(header, 16)
+    def _method(self, at: Cursor, flags: int, normal: int) -> Method:
         method = flags & _METHOD_MASK
         if flags & ~(_METHOD_MASK | _SYNC):
             raise at.fail("flags of a packet: sync and a compression", f"{flags:#x}")
@@ -193,9 +196,9 @@ class MultifdReader(ChannelReader[Hello | Packet]):
             raise at.fail("pages plain or compressed by zlib or zstd", f"compression {known}")
         return Method(method) if normal else Method.NONE
 
-    def _counts(self, at: Cursor, header: bytes, method: Method) -> tuple[int, int, int]:
+    def _counts(self, at: Cursor, counts: Sequence[int], method: Method) -> tuple[int, int, int]:
         """Pages with content, zero pages, and bytes of payload."""
-        normal, size, zero = (_number(header, position) for position in (16, 20, 32))
+        normal, size, _, zero = counts
         most = pages_per_packet(self.page_size)
         if normal > most or zero > most - normal:
             raise at.fail(f"at most {most} pages in a packet", f"{normal} and {zero} zero pages")
@@ -211,8 +214,8 @@ class MultifdReader(ChannelReader[Hello | Packet]):
             )
         return normal, zero, size
 
-    def _block(self, at: Cursor, header: bytes) -> RamBlock:
-        name = header[64:_FIXED].split(b"\0", 1)[0]
+    def _block(self, at: Cursor, name: bytes) -> RamBlock:
+        name = name.split(b"\0", 1)[0]
         block = self._blocks.get(name.decode("utf-8", "surrogateescape"))
         if block is None:
             raise at.fail("the name of a RAM block of the main channel", printable(name))
@@ -220,13 +223,15 @@ class MultifdReader(ChannelReader[Hello | Packet]):
 
     def _check_offsets(self, at: Cursor, block: RamBlock, offsets: npt.NDArray[np.uint64]) -> None:
         last = block.length - self.page_size
+        bits = int(np.bitwise_or.reduce(offsets))
+        if int(offsets.max()) <= last and not bits & (self.page_size - 1):
+            return
         wrong = (offsets > np.uint64(max(last, 0))) | (offsets % np.uint64(self.page_size) != 0)
-        if last < 0 or wrong.any():
-            raise at.fail(
-                f"offsets of pages of {self.page_size} bytes up to {last:#x}",
-                f"{int(offsets[wrong][0]):#x}" if wrong.any() else "a block of less than a page",
-                block=block.name,
-            )
+        raise at.fail(
+            f"offsets of pages of {self.page_size} bytes up to {last:#x}",
+            f"{int(offsets[wrong][0]):#x}" if wrong.any() else "a block of less than a page",
+            block=block.name,
+        )
 
 
 def _number(header: bytes, position: int) -> int:
