@@ -245,9 +245,7 @@ class Destination:
             self._take_events()
             if reader.finished:
                 return self._check_end(main)
-            count = self._more(main)
-            reader.buffer.received(count)
-            self._moved(count)
+            self._moved(self._more(main))
 
     def _take_events(self) -> None:
         reader = self._reader
@@ -261,14 +259,14 @@ class Destination:
             except StreamError as error:
                 raise error.within(channel=reader.channel, offset=reader.buffer.offset) from None
 
-    def _more(self, main: Channel) -> int:
+    def _more(self, main: ReadAhead) -> int:
         """Wait for more of the stream; how many bytes came."""
         suspicion = self._reader.suspicion
-        room = self._reader.buffer.room()
+        buffer = self._reader.buffer
         if suspicion is None:
-            return main.recv_into(room, self._deadlines.idle)
+            return main.receive(buffer, self._deadlines.idle)
         try:
-            return main.recv_into(room, _SILENCE)
+            return main.receive(buffer, _SILENCE)
         except ChannelClosed:
             raise
         except TransportError:

@@ -29,6 +29,8 @@ class ReceiveBuffer:
     ``room()`` lends the free part to be filled, ``received(n)`` says how much of it was.  Views of
     the content stay right until the next ``room()``, which may move or replace the memory.  Grows
     by doubling, so never beyond twice what really came in.
+
+    ``borrow()`` takes memory of somebody else in its place, up to the next ``room()``.
     """
 
     def __init__(self, capacity: int = CAPACITY) -> None:
@@ -44,6 +46,8 @@ class ReceiveBuffer:
 
     def room(self) -> memoryview:
         """Free memory to read into, never empty."""
+        if self.borrows:
+            self._return()
         if self._start == self._end:
             self._start = self._end = 0
         capacity = len(self._memory)
@@ -58,6 +62,27 @@ class ReceiveBuffer:
                 self._view[:held] = self.view()
             self._start, self._end = 0, held
         return self._view[self._end :]
+
+    @property
+    def borrows(self) -> bool:
+        """Whether the content lies in memory that was borrowed."""
+        return self._view.obj is not self._memory
+
+    def borrow(self, memory: memoryview, start: int, end: int) -> None:
+        """Let *memory* from *start* to *end* be the content: what waited, and more behind it."""
+        self._view, self._start, self._end = memory, start, end
+
+    def _return(self) -> None:
+        """Move what waits to memory of its own."""
+        held = self.view()
+        capacity = len(self._memory)
+        while capacity < 2 * len(held):
+            capacity *= 2
+        if capacity > len(self._memory):
+            self._memory = bytearray(capacity)
+        self._view = memoryview(self._memory)
+        self._view[: len(held)] = held
+        self._start, self._end = 0, len(held)
 
     def received(self, count: int) -> None:
         """Take note that *count* bytes were put into ``room()``; 0 is the end of the input."""
