@@ -22,6 +22,7 @@ from tests.transports.support import accepted, background, receive, wait_until
 from tests.vmstate.analyze import ANALYZE, VARIABLE, analyze, find_script
 from vmferry import PieceWriter, UsageError
 from vmferry.errors import PeerSilent, TransportError
+from vmferry.memory import DirtyLog
 from vmferry.migration.answers import Answers
 from vmferry.migration.control import Control, RunState
 from vmferry.migration.destination import Destination
@@ -525,6 +526,43 @@ def test_cancelled_while_memory_goes_it_runs_on_and_can_go_again(lab: Lab) -> No
     source.migrate(another.incoming(lab.uri(name="another")))
     assert source.wait(LONG) == Status.COMPLETED
     assert another.wait(LONG) == Status.COMPLETED
+    runs_on(another)
+
+
+def test_log_that_takes_long_to_stop_holds_up_no_status_but_the_next_migration(lab: Lab) -> None:
+    source, _, address = lab.pair()
+    another = lab.side("another", PythonMachine())
+    onwards = another.incoming(lab.uri(name="another"))
+    may_stop, stops, logs = threading.Event(), threading.Event(), []
+    make_log = machine(source).dirty_log
+
+    def dirty_log() -> DirtyLog:
+        log = make_log()
+        stop = log.stop
+
+        def stop_late() -> None:
+            if source.status in ENDS:
+                stops.set()
+                assert may_stop.wait(LONG)
+            stop()
+
+        log.stop = stop_late  # type: ignore[method-assign]
+        logs.append(log)
+        return log
+
+    machine(source).dirty_log = dirty_log  # type: ignore[method-assign]
+    source.set_parameters({"max-bandwidth": 1 << 20})
+    source.migrate(address)
+    wait_until(lambda: source.status == Status.ACTIVE)
+    source.cancel()
+    assert stops.wait(LONG)
+    source.set_parameters({"max-bandwidth": 0})
+    source.migrate(onwards)
+    assert source.wait(0.1) == Status.SETUP
+    assert len(logs) == 1
+    may_stop.set()
+    assert source.wait(LONG) == another.wait(LONG) == Status.COMPLETED
+    assert len(logs) == 2
     runs_on(another)
 
 

@@ -9,11 +9,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from enum import StrEnum
 from queue import SimpleQueue
 from typing import Any, TypeAlias
 
-from vmferry.errors import UsageError
+from vmferry.errors import UsageError, VmferryError
 from vmferry.transports import Listener, connect, listen
 from vmferry.transports.uri import TcpAddress, UnixAddress, parse
 
@@ -285,7 +286,14 @@ class Control:
         self._track, self._error, self._stall = track, None, ""
         self._progress = Progress("setup")
         track.move(Status.SETUP)
-        self._thread = threading.Thread(target=run, name="migration", daemon=True)
+        previous = self._thread
+
+        def run_next() -> None:
+            if previous is not None:
+                previous.join()  # it has told of its end, and may still have its log
+            run()
+
+        self._thread = threading.Thread(target=run_next, name="migration", daemon=True)
         self._thread.start()
 
     def _run_source(self, source: LiveSource) -> None:
@@ -298,6 +306,9 @@ class Control:
             self._given_away = source.is_given_away
             self._source = None
             self._end(end, error)
+        # A log that cannot be stopped is noticed by the next migration.
+        with suppress(VmferryError, OSError):
+            source.close()
 
     def _run_destination(self, listener: Listener, destination: Destination) -> None:
         error = None

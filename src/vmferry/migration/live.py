@@ -16,7 +16,7 @@ from typing import Final
 
 from vmferry.errors import ChannelClosed, PeerSilent, UsageError, VmferryError
 from vmferry.faults import reach
-from vmferry.memory import PAGE_SIZE
+from vmferry.memory import PAGE_SIZE, DirtyLog
 from vmferry.pages import XbzrleCache
 from vmferry.wire.multifd import Method
 
@@ -75,6 +75,7 @@ class LiveSource:
         self._statistics = statistics
         self._outgoing = MachineSource(machine, capabilities)
         self._cleanup = ExitStack()
+        self._log: DirtyLog | None = None
         self._convergence = Convergence(device_bytes=_DEVICE_BYTES, overhead=_OVERHEAD)
         self._cache: XbzrleCache | None = None
         self._synced = (0.0, 0)
@@ -94,6 +95,7 @@ class LiveSource:
         """Move the machine, or raise with the machine running as before.
 
         Returns ``sent`` where there is nobody to say that it was loaded, else ``completed``.
+        :meth:`close` comes afterwards in any case.
         """
         with self._cleanup:
             try:
@@ -105,6 +107,11 @@ class LiveSource:
             return Status.COMPLETED
         self._statistics.finished()
         return Status.SENT
+
+    def close(self) -> None:
+        """Stop the log, which takes the kernel a while; the machine may run meanwhile."""
+        if self._log is not None:
+            self._log.stop()
 
     def cancel(self) -> bool:
         """Give up, from any thread; the machine runs when this returns, unless it is too late."""
@@ -158,8 +165,7 @@ class LiveSource:
 
     def start(self) -> list[DirtyBlock]:
         """See :class:`~.precopy.Lead`."""
-        log = self._machine.dirty_log()
-        self._cleanup.callback(log.stop)
+        log = self._log = self._machine.dirty_log()
         log.start()
         self._track.move(Status.ACTIVE)
         self._synced = time.monotonic(), self._statistics.counters().transferred
