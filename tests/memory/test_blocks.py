@@ -123,6 +123,17 @@ def test_close_gives_everything_back() -> None:
     memory.close()
 
 
+def test_image_shows_what_is_written_and_cannot_be_written() -> None:
+    with GuestMemory() as memory:
+        block = memory.add("ram", 2 * PAGE)
+        image = block.image
+        block.view[PAGE] = 7
+        assert image[PAGE] == 7
+        assert image.readonly
+        assert block.image is image
+        assert len(block.addresses) == 1
+
+
 def test_views_that_somebody_holds_stay_valid() -> None:
     with GuestMemory() as memory:
         block = memory.add("ram", PAGE)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from vmferry.errors import UsageError, VmferryError, printable
 from vmferry.units import format_size
 
-from .holes import PAGE_SIZE, next_populated, populated
+from .holes import PAGE_SIZE, REGION, next_populated, populated
 from .mapping import Mapping
 
 _MAX_NAME: Final = 255
@@ -58,13 +58,18 @@ class MemoryBlock:
         self.view = mapping.view
         self.address: Final = mapping.address
         self._mappings = {self.address: mapping}
+        self._image: tuple[Mapping, memoryview] | None = None
         self.use_huge_pages(self.address, on=True)
 
     def preallocate(self) -> None:
         """Take all of the memory now, so that nobody waits for it later.
 
-        Raises :class:`~vmferry.errors.VmferryError` where the host does not have as much.
+        In huge pages, where the host has them.  Raises :class:`~vmferry.errors.VmferryError` where
+        it does not have as much.
         """
+        with contextlib.suppress(OSError):
+            for region in range(self.size // REGION):
+                self.collapse(region)
         with _refusal(self.name, self.size):
             self._mappings[self.address].advise(_POPULATE_WRITE)
 
@@ -102,6 +107,19 @@ class MemoryBlock:
         self.use_huge_pages(mapping.address, on=True)
         return mapping.address
 
+    @property
+    def image(self) -> memoryview:
+        """The bytes, to be read alone and in large amounts, through a mapping of its own.
+
+        In ``view`` a log by ``userfaultfd`` keeps the kernel from mapping more than one page for
+        each fault, and takes huge pages to pieces.
+        """
+        if self._image is None:
+            with _refusal(self.name, self.size):
+                mapping = Mapping(self.fd, self.size)
+            self._image = mapping, mapping.view.toreadonly()
+        return self._image[1]
+
     def use_huge_pages(self, address: int, *, on: bool) -> None:
         """Let a mapping have huge pages, where the host has them for shared memory, or not.
 
@@ -115,6 +133,10 @@ class MemoryBlock:
         """Give the memory back, as soon as nobody holds a view of it any more."""
         self.view.release()
         self.array = np.empty(0, np.uint8)
+        if self._image is not None:
+            mapping, view = self._image
+            view.release()
+            mapping.close()
         for mapping in self._mappings.values():
             mapping.close()
         os.close(self.fd)

@@ -85,7 +85,7 @@ class KvmLog(Generic[SlotType]):
 
     def content(self, block: MemoryBlock) -> memoryview:
         """See :meth:`DirtyLog.content`."""
-        return block.view
+        return block.image
 
     def collect(self, block: MemoryBlock, into: Bitmap) -> int:
         """See :meth:`DirtyLog.collect`."""

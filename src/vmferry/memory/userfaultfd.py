@@ -113,7 +113,7 @@ class UserfaultfdLog:
 
     def content(self, block: MemoryBlock) -> memoryview:
         """See :meth:`DirtyLog.content`."""
-        return block.view
+        return block.image
 
     def collect(self, block: MemoryBlock, into: Bitmap) -> int:
         """See :meth:`DirtyLog.collect`."""

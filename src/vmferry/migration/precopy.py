@@ -71,7 +71,7 @@ class DirtyBlock:
     @property
     def file(self) -> int | None:
         """A descriptor that has what to send, unless that is a copy."""
-        return self.memory.fd if self.content is self.memory.view else None
+        return self.memory.fd if self.content is self.memory.image else None
 
     def add_all(self) -> None:
         """Everything is to be sent."""
