@@ -23,6 +23,7 @@ POINTS: Final = frozenset(
         "connected",
         "round-sent",
         "stopped",
+        "images-inactive",
         "devices-sent",
         "offered",
         "ready-heard",
@@ -36,6 +37,7 @@ POINTS: Final = frozenset(
         "loaded",
         "ready-said",
         "go-heard",
+        "images-active",
         "shut-said",
         "running",
     }

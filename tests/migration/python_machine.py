@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,7 @@ from uuid import UUID
 import numpy as np
 
 from vmferry import Registry
+from vmferry.images import Image
 from vmferry.memory import DirtyLog, GuestMemory, open_dirty_log
 from vmferry.vmstate import U64, device
 
@@ -101,6 +103,8 @@ class PythonMachine:
 
     def throttle(self, percent: int) -> None:
         self.throttled.append(percent)
+
+    images: Sequence[Image] = ()
 
     def dirty_log(self) -> DirtyLog:
         return open_dirty_log(self.memory, self._log)

@@ -12,27 +12,51 @@ A machine is the same whoever hosts it: what was saved on KVM goes on in Unicorn
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Final
 
 from vmferry.errors import MachineError
+from vmferry.images import Image, open_image
 
 from .board import HostedMachine
 from .bus import DeviceBus
-from .config import GuestConfig, MachineConfig, read_config
+from .config import DiskConfig, GuestConfig, MachineConfig, read_config
 from .cpu import Bus, CpuHost
 
-__all__ = ["GuestConfig", "HostedMachine", "MachineConfig", "create", "read_config", "usable_kind"]
+__all__ = [
+    "DiskConfig",
+    "GuestConfig",
+    "HostedMachine",
+    "MachineConfig",
+    "create",
+    "read_config",
+    "usable_kind",
+]
 
 
-def create(config: MachineConfig, *, serial: Callable[[bytes], None]) -> HostedMachine:
+def create(
+    config: MachineConfig, *, serial: Callable[[bytes], None], awaited: bool = False
+) -> HostedMachine:
     """The machine that *config* describes, at rest and with empty memory.
 
-    *serial* is called with what the guest sends, in the thread of a vCPU: it must neither wait nor
-    call the machine.  ``auto`` is KVM where that works, and else Unicorn.  Raises
-    :class:`~vmferry.errors.MachineError` where this host cannot run it, with what is missing.
+    Its images are active; those of one that is *awaited* from elsewhere are not.  *serial* is
+    called with what the guest sends, in the thread of a vCPU: it must neither wait nor call the
+    machine.  ``auto`` is KVM where that works, and else Unicorn.  Raises
+    :class:`~vmferry.errors.MachineError` where this host cannot run it, with what is missing, and
+    :class:`~vmferry.errors.StorageError` for an image that cannot be opened.
     """
     kind = usable_kind() if config.kind == "auto" else config.kind
-    return HostedMachine(config, _HOSTS[kind], serial=serial)
+    with ExitStack() as undo:
+        images = [undo.enter_context(_opened(disk, active=not awaited)) for disk in config.disk]
+        machine = HostedMachine(config, _HOSTS[kind], serial=serial, images=images)
+        undo.pop_all()
+        return machine
+
+
+def _opened(disk: DiskConfig, *, active: bool) -> Image:
+    return open_image(
+        disk.file, active=active, format=disk.format, read_only=disk.read_only, direct=disk.direct
+    )
 
 
 def usable_kind() -> str:

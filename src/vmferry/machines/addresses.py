@@ -16,6 +16,12 @@ TIMER: Final = 0xFED00000
 TIMER_STRIDE: Final = 16
 """Bytes between the registers of two vCPUs."""
 
+DISK: Final = 0xFED10000
+"""The registers of the first disk, in physical memory."""
+
+DISK_STRIDE: Final = 0x100
+"""Bytes between the registers of two disks."""
+
 HOLE_START: Final = 3 << 30
 HOLE_END: Final = 4 << 30
 """No RAM is there, but devices; RAM that does not fit below goes on above."""

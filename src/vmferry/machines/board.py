@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Final, Self
 from uuid import UUID
 
-from vmferry.errors import MachineError
+from vmferry.errors import MachineError, StorageError
+from vmferry.images import Image
 from vmferry.memory import DirtyLog, GuestMemory, open_dirty_log
 from vmferry.migration.registry import Registry
 
 from .addresses import (
     CLOCK_PORT,
+    DISK,
+    DISK_STRIDE,
     EXIT_PORT,
     HOLE_END,
     HOLE_START,
@@ -29,6 +32,7 @@ from .cpu import Bus, CpuHost
 from .cpu_state import CpuState
 from .devices.clock import RealTimeClock
 from .devices.debug_exit import DebugExit
+from .devices.disk import SECTOR, Disk
 from .devices.serial import Serial
 from .devices.timer import IntervalTimer, RestPorts
 from .guest.layout import Layout
@@ -39,13 +43,17 @@ from .runner import Runner
 NAME: Final = "vmferry-1.0"
 RAM: Final = "ram"
 
+_JOURNAL: Final = 1 << 16
+"""Sectors of the journal at the most."""
+
 
 class HostedMachine:
     """A machine that this process runs; a context manager, closed at the end.
 
     Made at rest, with empty memory: :meth:`start` runs a fresh guest, or its state is loaded and
     :meth:`resume` goes on with it.  What *serial* is called with is what the guest sends; it is
-    called in the thread of a vCPU, and must neither wait nor call the machine.
+    called in the thread of a vCPU, and must neither wait nor call the machine.  Its disks are on
+    *images*, which belong to it: they are closed with it.
     """
 
     name: Final = NAME
@@ -56,8 +64,13 @@ class HostedMachine:
         make_host: Callable[[Bus], CpuHost],
         *,
         serial: Callable[[bytes], None],
+        images: Sequence[Image] = (),
     ) -> None:
         self.config = config
+        self.images: Final = tuple(images)
+        """The images of its disks; active before it runs."""
+        self.disk_error: StorageError | None = None
+        """Why a disk has stopped the machine; until it runs again."""
         self.layout: Final = Layout.of(config)
         self.uuid: UUID | None = config.uuid
         self.registry = Registry()
@@ -68,7 +81,12 @@ class HostedMachine:
         self._over = threading.Event()
         self._lock = threading.Lock()  # of `running` and what goes with it
         with ExitStack() as stack:
+            for image in images:
+                stack.callback(image.close)
             self.memory = stack.enter_context(GuestMemory())
+            self._disks = [self._disk(number, image) for number, image in enumerate(images)]
+            for disk in self._disks:
+                stack.callback(disk.close)
             host = make_host(self._bus())
             stack.callback(host.close)
             self._slots = host.dirty_slots()
@@ -85,7 +103,7 @@ class HostedMachine:
 
     def _bus(self) -> DeviceBus:
         clock = RealTimeClock(self._timer.now)
-        for device in (self._timer, self.serial, clock, self._exit):
+        for device in (self._timer, self.serial, clock, self._exit, *self._disks):
             self.registry.register(device)
         timers = TIMER + TIMER_STRIDE * self.config.cpus
         return DeviceBus(
@@ -95,8 +113,34 @@ class HostedMachine:
                 (range(EXIT_PORT, EXIT_PORT + 1), self._exit),
                 (range(REST_PORT, REST_PORT + self.config.cpus), RestPorts(self._timer)),
             ],
-            memory=[(range(TIMER, timers), self._timer)],
+            memory=[
+                (range(TIMER, timers), self._timer),
+                *(
+                    (range(place := DISK + n * DISK_STRIDE, place + DISK_STRIDE), disk)
+                    for n, disk in enumerate(self._disks)
+                ),
+            ],
         )
+
+    def _disk(self, number: int, image: Image) -> Disk:
+        return Disk(image, self, self._disk_failed, image.size, number)
+
+    def _disk_failed(self, error: StorageError) -> None:
+        """A write was not done: stop, as the guest must not go on without it."""
+        self.disk_error = error
+        # In the thread of the disk, for which a pause waits.
+        threading.Thread(target=self.pause, name="stop for a disk", daemon=True).start()
+
+    def at(self, address: int, length: int) -> memoryview | None:
+        """See :class:`~.devices.disk.Ram`."""
+        block = self.memory[RAM]
+        low = min(block.size, HOLE_START)
+        if address + length <= low:
+            return block.view[address : address + length]
+        start = address - HOLE_END + low
+        if address >= HOLE_END and start + length <= block.size:
+            return block.view[start : start + length]
+        return None
 
     def _rest(self, index: int) -> None:
         self._runner.rest(index)
@@ -118,7 +162,8 @@ class HostedMachine:
     def start(self) -> None:
         """Put the guest into memory and run it from its first instruction."""
         ram = self.memory[RAM].array
-        install(ram, self.config)
+        sectors = min(self.images[0].size // SECTOR, _JOURNAL) if self.images else 0
+        install(ram, self.config, journal_sectors=sectors)
         for index, cpu in enumerate(self._cpus):
             enter(cpu, self.layout, index)
             cpu.holder.write(cpu)
@@ -131,7 +176,10 @@ class HostedMachine:
                 self._over.set()
             if self.running or self._over.is_set():
                 return
+            self.disk_error = None
             self._timer.start()
+            for disk in self._disks:
+                disk.start()
             self._runner.resume()
             self.running = True
 
@@ -139,6 +187,8 @@ class HostedMachine:
         """Stop all vCPUs and guest time; when this returns nothing changes any more."""
         with self._lock:
             self._runner.pause()
+            for disk in self._disks:
+                disk.stop()
             self._timer.stop()
             self.running = False
 

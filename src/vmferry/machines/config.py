@@ -15,7 +15,13 @@
     changed = 1.0               # share of a page that it changes when it rewrites it
     heartbeat = 0.1             # seconds between two lines on the serial port
 
-Every key has a default.
+    [[disk]]                    # one for each disk
+    file = "journal.raw"        # beside this file, or absolute; or nbd://HOST/EXPORT
+    format = "raw"              # or qcow2, and any other that QEMU knows
+    read-only = false
+    direct = false              # pass the host's page cache by
+
+Every key has a default, but the file of a disk.  The guest keeps a journal on the first disk.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import UUID
@@ -39,6 +45,7 @@ _MAX_RAM: Final = 500 << 30
 """What one table of page directories maps, less the hole for devices."""
 
 _MAX_CPUS: Final = 64
+_MAX_DISKS: Final = 16
 _MAX_RATE: Final = 10**9
 _MIN_HEARTBEAT: Final = 0.001
 
@@ -74,6 +81,16 @@ class GuestConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskConfig:
+    """A disk: the path of its image, or an NBD URI."""
+
+    file: str
+    format: str = "raw"
+    read_only: bool = False
+    direct: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MachineConfig:
     """A machine; ``ram`` in bytes.  ``kind`` is how it is hosted, and no part of what it is."""
 
@@ -83,9 +100,12 @@ class MachineConfig:
     preallocate: bool = False
     uuid: UUID | None = None
     guest: GuestConfig = field(default_factory=GuestConfig)
+    disk: tuple[DiskConfig, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` for what cannot be."""
+        if len(self.disk) > _MAX_DISKS:
+            raise UsageError(f"disk: expected at most {_MAX_DISKS}, found {len(self.disk)}")
         if self.kind not in KINDS:
             raise UsageError(f"kind: expected {', '.join(KINDS)}, found {self.kind!r}")
         if not _MIN_RAM <= self.ram <= _MAX_RAM or self.ram % PAGE:
@@ -116,7 +136,7 @@ def read_config(path: str | os.PathLike[str]) -> MachineConfig:
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: expected UTF-8: {error}") from error
     try:
-        return _machine(tomllib.loads(text))
+        return _machine(tomllib.loads(text), file.parent)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{file}: expected TOML: {error}") from error
     except UsageError as error:
@@ -125,13 +145,14 @@ def read_config(path: str | os.PathLike[str]) -> MachineConfig:
 
 def to_toml(config: MachineConfig) -> str:
     """A file that :func:`read_config` reads as *config*."""
-    return "\n".join([*_lines(config), "[guest]", *_lines(config.guest), ""])
+    disks = [line for disk in config.disk for line in ("[[disk]]", *_lines(disk))]
+    return "\n".join([*_lines(config), "[guest]", *_lines(config.guest), *disks, ""])
 
 
-def _lines(part: MachineConfig | GuestConfig) -> Iterator[str]:
+def _lines(part: MachineConfig | GuestConfig | DiskConfig) -> Iterator[str]:
     for member in fields(part):
         match getattr(part, member.name):
-            case GuestConfig():
+            case GuestConfig() | tuple():
                 continue
             case None if member.name == "rate":
                 value = '"unlimited"'
@@ -146,9 +167,29 @@ def _lines(part: MachineConfig | GuestConfig) -> Iterator[str]:
         yield f"{member.name.replace('_', '-')} = {value}"
 
 
-def _machine(values: Mapping[str, Any]) -> MachineConfig:
+def _machine(values: Mapping[str, Any], beside: Path) -> MachineConfig:
     read = _read(values, MachineConfig, _MACHINE, "")
+    read["disk"] = tuple(_beside(disk, beside) for disk in read.get("disk", ()))
     return MachineConfig(**read)
+
+
+def _beside(disk: DiskConfig, directory: Path) -> DiskConfig:
+    """With the path of its image made out from where the file of the machine is."""
+    if disk.file.startswith("nbd"):
+        return disk
+    return replace(disk, file=str(directory / disk.file))
+
+
+def _disks(values: object) -> list[DiskConfig]:
+    if not isinstance(values, list) or not all(isinstance(value, Mapping) for value in values):
+        raise UsageError(f"expected tables [[disk]], found {values!r}")
+    disks = []
+    for value in values:
+        read = _read(value, DiskConfig, _DISK, "disk.")
+        if not read.get("file"):
+            raise UsageError("expected the file of a disk, found none")
+        disks.append(DiskConfig(**read))
+    return disks
 
 
 def _guest(values: object) -> GuestConfig:
@@ -232,6 +273,13 @@ _MACHINE: Final[Mapping[str, Convert]] = {
     "preallocate": _flag,
     "uuid": _uuid,
     "guest": _guest,
+    "disk": _disks,
+}
+_DISK: Final[Mapping[str, Convert]] = {
+    "file": _text,
+    "format": _text,
+    "read_only": _flag,
+    "direct": _flag,
 }
 _GUEST: Final[Mapping[str, Convert]] = {
     "working_set": _size,

@@ -36,6 +36,8 @@ class Capability(StrEnum):
     """Both: pages on channels of their own."""
     IGNORE_SHARED = "x-ignore-shared"
     """Both: do not send RAM blocks that both sides have mapped from the same file."""
+    LATE_BLOCK_ACTIVATE = "late-block-activate"
+    """Destination: leave the disks of a machine that arrives stopped alone until ``cont``."""
     VALIDATE_UUID = "validate-uuid"
     """Source: send the machine's UUID, which the destination compares with its own."""
 
@@ -49,7 +51,6 @@ NOT_SUPPORTED: Final = (
     "block",
     "dirty-bitmaps",
     "postcopy-blocktime",
-    "late-block-activate",
     "background-snapshot",
     "zero-copy-send",
     "postcopy-preempt",

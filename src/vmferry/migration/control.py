@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from vmferry.errors import UsageError, VmferryError
+from vmferry.images import activate_all
 from vmferry.transports import Listener, connect, listen
 from vmferry.transports.uri import TcpAddress, UnixAddress, parse
 
@@ -147,6 +148,7 @@ class Control:
                 return self._destination.decide(take=True)
             self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
             was_running = self.machine.running
+            activate_all(self.machine.images)
             self.machine.resume()
             self._given_away = False
         if not was_running:
@@ -204,6 +206,7 @@ class Control:
                     now.idle_deadline or None,
                 ),
                 max_ram=sys.maxsize,  # the sink takes what the machine has, and nothing else
+                claim=lambda: self._claim(sink),
                 taken=lambda: self._taken(sink),
                 dropped=self._dropped,
                 loader=sink,
@@ -322,6 +325,11 @@ class Control:
 
     def _dropped(self, error: Exception) -> None:
         self._tell(Warned(f"a connection over which no machine came was dropped: {error}"))
+
+    def _claim(self, sink: MachineSink) -> None:
+        """Take the disks, unless the machine is to stand still and that is to wait as well."""
+        if sink.runs or Capability.LATE_BLOCK_ACTIVATE not in self.capabilities:
+            activate_all(self.machine.images)
 
     def _taken(self, sink: MachineSink) -> None:
         """The machine is this side's."""

@@ -74,8 +74,10 @@ class Destination:
     target page where the stream does not tell, *tolerate* names what is accepted though a source
     that means well never sends it.  *switchover_ack* says whether to acknowledge the switchover,
     which a source with ``switchover-ack`` waits for and one before QEMU 8.1 refuses to hear
-    (default: by the version of the machine type).  *taken* is called as soon as the machine is this
-    side's, before the connections are closed.  *dropped* is told of connections that were none of a
+    (default: by the version of the machine type).  *claim* is called once the machine is this
+    side's, before its source hears that: where it raises, the source keeps the machine.  *taken* is
+    called as soon as the machine is this side's, before the connections are closed.  *dropped* is
+    told of connections that were none of a
     source, see :class:`~.connections.Connections`.  *loader* knows the machine's devices and takes
     them; without one the stream's own description tells them apart, and the sink keeps them.
     """
@@ -91,11 +93,13 @@ class Destination:
         page_size: int | None = None,
         tolerate: Tolerate = Tolerate.NOTHING,
         switchover_ack: bool | None = None,
+        claim: Callable[[], None] | None = None,
         taken: Callable[[], None] | None = None,
         dropped: Callable[[Exception], None] | None = None,
         loader: Loader | None = None,
     ) -> None:
         self._sink = sink
+        self._claim = claim or (lambda: None)
         self._taken = taken or (lambda: None)
         self._meter = meter or Meter()
         self._deadlines = deadlines or Deadlines()
@@ -178,6 +182,7 @@ class Destination:
             if self._announced is not None:
                 self._take_over(self._announced)
             else:
+                self._claim()
                 self._answers.confirm()
             self._taken()
             reach("running")
@@ -213,6 +218,8 @@ class Destination:
             self._sink.discard()
             raise
         reach("go-heard")
+        self._claim()
+        reach("images-active")
         with suppress(TransportError):  # a source that said go does not take the machine back
             self._answers.confirm()
         reach("shut-said")

@@ -14,15 +14,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
-from vmferry.errors import ChannelClosed, PeerSilent, UsageError, VmferryError
+from vmferry.errors import ChannelClosed, PeerSilent, StorageError, UsageError, VmferryError
 from vmferry.faults import reach
+from vmferry.images import activate_all, inactivate_all
 from vmferry.memory import PAGE_SIZE, DirtyLog
 from vmferry.pages import XbzrleCache
 from vmferry.wire.multifd import Method
 
 from .capabilities import Capability
 from .convergence import Convergence, Decision, Round
-from .events import DowntimeRaised, Event, Pass, Resumed, Stalled, Stopped, Throttled
+from .events import DowntimeRaised, Event, Pass, Resumed, Stalled, Stopped, Throttled, Warned
 from .handover import Stage, Word
 from .machine import LiveMachine
 from .machine_source import MachineSource
@@ -157,6 +158,11 @@ class LiveSource:
             if not self.has_stopped or not self._source.handover.may_run:
                 return
             self.has_stopped = False
+            try:
+                activate_all(self._machine.images)
+            except StorageError as error:
+                self._tell(Warned(f"the machine stays stopped until cont: {error}"))
+                return
             if self._outgoing.was_running:
                 self._machine.resume()
                 self._tell(Resumed())
@@ -226,6 +232,8 @@ class LiveSource:
             if self._outgoing.was_running:
                 self._tell(Stopped())
         reach("stopped")
+        inactivate_all(self._machine.images)
+        reach("images-inactive")
         if self._machine.memory.blocks != self._blocks:
             raise UsageError("memory was added to the machine while it was being moved: try again")
         if self._pauses:

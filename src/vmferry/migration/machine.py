@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 from uuid import UUID
 
+from vmferry.images import Image
 from vmferry.memory import DirtyLog, GuestMemory
 
 from .saving import Machine
@@ -20,6 +22,10 @@ class LiveMachine(Machine, Protocol):
     @property
     def memory(self) -> GuestMemory:
         """Its RAM blocks."""
+
+    @property
+    def images(self) -> Sequence[Image]:
+        """The images of its disks; the engine has them active where it may run, nowhere else."""
 
     @property
     def running(self) -> bool:

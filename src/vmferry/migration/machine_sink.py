@@ -127,9 +127,10 @@ class MachineSink:
         self._staging.take(decoded)
 
     def device(self, section: DeviceSection | DeviceRegion, *, early: bool) -> None:
-        """Refuse what stands before guest memory."""
-        where = "before guest memory" if early else "of unknown layout"
-        raise StreamError("devices behind guest memory", f"one {where}", section=section.name)
+        """Take note of devices that could not be decoded as they came: :meth:`commit` says why."""
+        if early:
+            raise StreamError("devices behind guest memory", "one before it", section=section.name)
+        self._staging.take(section)
 
     def description(self, description: VmDescription) -> None:
         """Nothing: what the devices are made of is declared."""

@@ -31,6 +31,7 @@ ERROR: Final = "host-error"
 """Why a machine is over, in QEMU's words (``ShutdownCause`` in ``qapi/run-state.json``)."""
 
 IN_DOUBT: Final = "in-doubt"
+IO_ERROR: Final = "io-error"
 
 CHECK: Final = "x-vmferry-check"
 """The command of the monitor that looks for what is wrong in the memory of a stopped machine."""
@@ -88,10 +89,10 @@ class Host:
     def _start(self, cleanup: ExitStack) -> None:
         if self._incoming == DEFER and self._monitor is None:
             raise UsageError("to wait until migrate-incoming says where, a monitor is needed")
-        self.machine: HostedMachine = cleanup.enter_context(
-            create(self._config, serial=self._take_serial)
-        )
         awaited = self._incoming is not None
+        self.machine: HostedMachine = cleanup.enter_context(
+            create(self._config, serial=self._take_serial, awaited=awaited)
+        )
         self.control = Control(self.machine, notify=self._notify, awaited=awaited)
         cleanup.callback(self.control.close)
         if self._monitor is not None:
@@ -108,6 +109,8 @@ class Host:
     @property
     def state(self) -> str:
         """QEMU's run state of the machine, or ``in-doubt`` where it may run on the other side."""
+        if self.machine.disk_error is not None:
+            return IO_ERROR
         return IN_DOUBT if self.control.in_doubt else str(self.control.run_state)
 
     def wait(self, changed: Callable[[str], None] | None = None) -> str:

@@ -29,7 +29,10 @@ KINDS: Final = {
     4: "torn",
     5: "registers that disagree",
     6: "counters that disagree",
+    7: "unlike what was written to the disk",
 }
+
+_JOURNAL: Final = 7
 
 # Whole lines only: the first one after a migration may be the second half of one.
 _LINE: Final = re.compile(r"([FHE])((?: [0-9a-f]{16}){4,5})")
@@ -67,7 +70,10 @@ class Report:
 
     def __str__(self) -> str:
         kind = KINDS.get(self.kind, f"wrong in a way of number {self.kind}")
-        what = f"page {self.page} is {kind}" if self.kind < 5 else f"there are {kind}"
+        if self.kind == _JOURNAL:
+            what = f"record {self.page} is {kind}"
+        else:
+            what = f"page {self.page} is {kind}" if self.kind < 5 else f"there are {kind}"
         return f"vCPU {self.vcpu}: {what}: expected {self.expected:#x}, found {self.found:#x}"
 
 

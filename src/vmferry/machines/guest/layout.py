@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.errors import UsageError
-from vmferry.machines.addresses import HOLE_END, HOLE_START, TIMER, TIMER_STRIDE
+from vmferry.machines.addresses import DISK, DISK_STRIDE, HOLE_END, HOLE_START, TIMER, TIMER_STRIDE
 from vmferry.machines.config import PAGE, MachineConfig
 from vmferry.units import format_size
 
@@ -54,11 +54,22 @@ BLOCK: Final = np.dtype(
         ("expected", "<u8"),
         ("found", "<u8"),
         ("last_beat", "<u8"),
+        ("records", "<u8"),  # of the journal that were acknowledged and read back
+        ("head", "<u8"),  # requests that the disk was given
+        # Written by the board
+        ("disk", "<u8"),  # virtual address of its registers, 0 where there is none
+        ("slots", "<u8"),  # sectors of the journal
     ]
 )
-"""What a vCPU is told and what it keeps.  Behind it, from 0x100 on: a line of text, the stack."""
+"""What a vCPU is told and what it keeps.
+
+Behind it, from 0x100 on: a line of text, two sectors and a ring of the journal, the stack.
+"""
 
 BLOCK_LINE: Final = 0x100
+BLOCK_RECORD: Final = 0x800
+BLOCK_READ: Final = 0xA00
+BLOCK_RING: Final = 0xC00
 OFFSETS: Final = {name: int(place[1]) for name, place in (BLOCK.fields or {}).items()}
 """Where in a block each of its words is."""
 
@@ -138,6 +149,11 @@ class Layout:
 def timer_address(index: int) -> int:
     """The virtual address of the timer's registers for the vCPU *index*."""
     return _DEVICES + TIMER - _DEVICES_PHYSICAL + index * TIMER_STRIDE
+
+
+def disk_address(index: int) -> int:
+    """The virtual address of the registers of the disk *index*."""
+    return _DEVICES + DISK - _DEVICES_PHYSICAL + index * DISK_STRIDE
 
 
 def page_tables(layout: Layout) -> npt.NDArray[np.uint64]:

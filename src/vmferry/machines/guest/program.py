@@ -16,15 +16,19 @@ from vmferry.machines.addresses import REST_PORT
 from vmferry.machines.config import MachineConfig
 from vmferry.machines.listing import assemble
 
-from . import pages, schedule, walk, words
+from . import journal, pages, schedule, walk, words
 from .layout import (
     BLOCK,
     BLOCK_LINE,
+    BLOCK_READ,
+    BLOCK_RECORD,
+    BLOCK_RING,
     CODE,
     GDT,
     OFFSETS,
     PARAMETERS,
     Layout,
+    disk_address,
     page_tables,
     timer_address,
 )
@@ -40,10 +44,16 @@ def code() -> bytes:
     constants = {
         name: getattr(pages, name) for name in ("MAGIC", "PAGE_FACTOR", "SEED_FACTOR", "WORD_STEP")
     }
+    places = {
+        "LINE": BLOCK_LINE,
+        "RECORD": BLOCK_RECORD,
+        "READ": BLOCK_READ,
+        "RING": BLOCK_RING,
+    }
     return assemble(
-        schedule.LISTING + walk.LISTING + words.LISTING,
+        schedule.LISTING + walk.LISTING + words.LISTING + journal.LISTING,
         origin=CODE,
-        parameters=offsets | constants | {"LINE": BLOCK_LINE},
+        parameters=offsets | constants | places,
     )
 
 
@@ -60,10 +70,14 @@ def constants(config: MachineConfig) -> dict[int, npt.NDArray[np.uint8]]:
     return {start: part.reshape(-1).view(np.uint8) for start, part in parts.items()}
 
 
-def install(ram: npt.NDArray[np.uint8], config: MachineConfig) -> None:
-    """Write the guest into *ram*, which is zero."""
+def install(ram: npt.NDArray[np.uint8], config: MachineConfig, *, journal_sectors: int = 0) -> None:
+    """Write the guest into *ram*, which is zero; it keeps a journal of so many sectors if any."""
     for start, part in constants(config).items():
         ram[start : start + len(part)] = part
+    if journal_sectors:
+        first = Layout.of(config).block(0)
+        block = ram[first : first + BLOCK.itemsize].view(BLOCK)
+        block["disk"], block["slots"] = disk_address(0), journal_sectors
 
 
 def _block(config: MachineConfig, index: int) -> npt.NDArray[np.void]:

@@ -109,5 +109,6 @@ look:
     48 3b 43 {INTERVAL.b}       ; cmp rax, [rbx+INTERVAL]
     0f 82 {loop.R}              ; jb loop
     e8 {beat.R}                 ; call beat
+    e8 {journal.R}              ; call journal
     e9 {loop.R}                 ; jmp loop
 """
