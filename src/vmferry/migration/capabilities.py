@@ -34,10 +34,10 @@ class Capability(StrEnum):
     """Source: stop at ``pre-switchover``, with the machine stopped, until told to go on."""
     MULTIFD = "multifd"
     """Both: pages on channels of their own."""
-    IGNORE_SHARED = "x-ignore-shared"
-    """Both: do not send RAM blocks that both sides have mapped from the same file."""
     LATE_BLOCK_ACTIVATE = "late-block-activate"
     """Destination: leave the disks of a machine that arrives stopped alone until ``cont``."""
+    IGNORE_SHARED = "x-ignore-shared"
+    """Both: do not send RAM blocks that both sides have mapped from the same file."""
     VALIDATE_UUID = "validate-uuid"
     """Source: send the machine's UUID, which the destination compares with its own."""
 
