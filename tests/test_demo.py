@@ -35,6 +35,12 @@ def test_machine_moves_and_is_intact(kind: str) -> None:
     assert {(first.source, "has moved away"), (first.destination, "runs")} <= heard
 
 
+def test_machine_with_a_disk_keeps_its_journal() -> None:
+    proof = demonstrate(ram=RAM, moves=2, disk=True)
+    assert proof.records is not None
+    assert 0 < proof.records <= proof.heartbeats
+
+
 def test_it_takes_a_move() -> None:
     with pytest.raises(UsageError, match="one move or more"):
         demonstrate(moves=0)

@@ -16,13 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Final
 
 from vmferry.errors import MachineError, UsageError
-from vmferry.machines import GuestConfig, MachineConfig, usable_kind
+from vmferry.machines import DiskConfig, GuestConfig, MachineConfig, usable_kind
 from vmferry.machines.config import PAGE
 from vmferry.machines.guest.console import Console, Heartbeat
+from vmferry.machines.guest.journal import SECTOR, read_journal
 from vmferry.machines.guest.layout import Layout
 from vmferry.qemu.driver import Migration
 from vmferry.qemu.hosting import DEFER
@@ -30,6 +32,8 @@ from vmferry.qemu.info import MigrationInfo
 from vmferry.qemu.machine_process import MachineProcess
 
 RAM: Final = 256 << 20
+
+_DISK: Final = 1 << 20
 
 _RATE: Final = 8192
 """Pages that the guest rewrites in a second: 32 MiB."""
@@ -92,12 +96,14 @@ class Proof:
 
     ``heartbeats`` of one guest, without a break; ``checked`` pages that it found as it had left
     them; ``pages`` of memory seen from outside, each as it must be; ``downtimes`` in seconds.
+    ``records`` of its journal on the disk, as far as they were not written over; ``None`` without.
     """
 
     heartbeats: int
     checked: int
     pages: int
     downtimes: tuple[float, ...]
+    records: int | None = None
 
 
 Told = Callable[[MachineConfig | Moved], None]
@@ -109,32 +115,52 @@ def demonstrate(
     ram: int = RAM,
     moves: int = 2,
     kind: str = "auto",
+    disk: bool = False,
     told: Told = lambda _: None,
     seen: Seen = lambda _: None,
 ) -> Proof:
     """Move a machine with *ram* bytes of memory *moves* times, and prove that it is intact.
 
-    *kind* is ``kvm``, ``unicorn`` or ``auto``.  *told* is called with the machine at first and with
+    *kind* is ``kvm``, ``unicorn`` or ``auto``.  With a *disk*, which all the processes share, the
+    guest keeps a journal on it.  *told* is called with the machine at first and with
     each move behind it; *seen* about every 50 ms with how it goes.  Raises
     :class:`~vmferry.errors.MachineError` where no machine can be run here, with what to install,
     and for whatever is wrong.
     """
     if moves < 1:
         raise UsageError(f"expected one move or more, found {moves}")
-    config = _config(ram, usable_kind() if kind == "auto" else kind)
-    told(config)
-    with (
-        tempfile.TemporaryDirectory(prefix="vmferry-demo-") as directory,
-        _Demonstration(config, moves, directory, seen) as demonstration,
-    ):
-        downtimes = [moved.stood_still for moved in demonstration.run(told)]
-        return demonstration.prove(tuple(downtimes))
+    with tempfile.TemporaryDirectory(prefix="vmferry-demo-") as directory:
+        image = Path(directory) / "disk.raw"
+        config = _config(ram, usable_kind() if kind == "auto" else kind, image if disk else None)
+        told(config)
+        with _Demonstration(config, moves, directory, seen) as demonstration:
+            downtimes = [moved.stood_still for moved in demonstration.run(told)]
+            proof = demonstration.prove(tuple(downtimes))
+        return replace(proof, records=_records(image, proof.heartbeats)) if disk else proof
 
 
-def _config(ram: int, kind: str) -> MachineConfig:
+def _records(image: Path, heartbeats: int) -> int:
+    """How many records of the journal are there, all of them right."""
+    found = read_journal(image.read_bytes())
+    if found.faults:
+        raise MachineError(f"the journal on the disk is wrong: {found.faults[0]}")
+    # The first heartbeat of a guest has none, and that of the last may not have been written.
+    if not heartbeats - 3 <= found.last + 1 <= heartbeats:
+        raise MachineError(
+            f"the journal ends with record {found.last}, behind {heartbeats} heartbeats"
+        )
+    return min(found.last + 1, image.stat().st_size // SECTOR)
+
+
+def _config(ram: int, kind: str, image: Path | None) -> MachineConfig:
     working_set = max(ram // 4 // PAGE * PAGE, PAGE)
     guest = GuestConfig(working_set=working_set, rate=_RATE, hot=0.5, changed=0.5, heartbeat=0.05)
-    return MachineConfig(kind=kind, ram=ram, guest=guest)
+    disks: tuple[DiskConfig, ...] = ()
+    if image is not None:
+        with image.open("wb") as file:
+            file.truncate(_DISK)
+        disks = (DiskConfig(file=str(image)),)
+    return MachineConfig(kind=kind, ram=ram, guest=guest, disk=disks)
 
 
 @dataclass(slots=True)

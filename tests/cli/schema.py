@@ -281,6 +281,7 @@ _DEMO: dict[str, dict[str, Check]] = {
     },
     "result": {
         "ok": flag,
+        "records": optional(size),
         "heartbeats": size,
         "checked": size,
         "pages": size,

@@ -288,7 +288,7 @@ def test_source_that_dies_leaves_a_disk_that_can_be_used(tmp_path: Path, point: 
         assert destination.run_state != "running"
     last = afterwards(tmp_path)
     with Process(tmp_path / "machine.toml", tmp_path / "again") as again:
-        assert again.run_state == "running"
+        wait_until(lambda: again.run_state == "running", LONG)
     assert last >= 0
 
 

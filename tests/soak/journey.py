@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -16,7 +17,10 @@ from typing import Any, Final, Self
 from tests.soak.choices import Choice, choose, machine
 from vmferry.demo import unbroken
 from vmferry.errors import PeerError, TransportError
+from vmferry.images import open_image
+from vmferry.machines import DiskConfig
 from vmferry.machines.guest.console import Heartbeat
+from vmferry.machines.guest.journal import read_journal
 from vmferry.qemu import QmpError
 from vmferry.qemu.machine_process import MachineProcess
 
@@ -89,7 +93,7 @@ class Journey:
         self._cleanup = ExitStack()
         self._said = b""
         self._kinds = ["kvm", "unicorn"] if kind == "mixed" else [kind]
-        self.config = machine(rng, self._kinds[0])
+        self.config = replace(machine(rng, self._kinds[0]), disk=self._disk())
 
     def __enter__(self) -> Self:
         with self._cleanup as cleanup:
@@ -114,11 +118,24 @@ class Journey:
             choice = choose(self._rng, may_cancel=self._may_cancel, has_pair=has_pair)
             yield self._attempt(choice)
 
+    def _disk(self) -> tuple[DiskConfig, ...]:
+        """An image that all the processes share, or none."""
+        kind = self._rng.choice(["raw", "qcow2", ""])
+        if not kind:
+            return ()
+        image = self._directory / f"disk.{kind}"
+        subprocess.run(["qemu-img", "create", "-q", "-f", kind, image, "64k"], check=True)
+        return (DiskConfig(file=str(image), format=kind),)
+
     def finish(self) -> int:
         """Look at all there is; the number of heartbeats."""
         self._look(self._here)
         self._leave(self._here)
-        return len(unbroken(self._said))
+        heartbeats = len(unbroken(self._said))
+        for disk in self.config.disk:
+            last = _last_record(disk)
+            assert heartbeats - 3 <= last + 1 <= heartbeats, f"{last}, {heartbeats} heartbeats"
+        return heartbeats
 
     # Processes
 
@@ -266,6 +283,18 @@ class Journey:
         """Stop the machine, and look at every page of it."""
         station.process.qmp.execute("stop")
         station.process.check()
+
+
+def _last_record(disk: DiskConfig) -> int:
+    """The last record of the journal, by a reader of its own; fails for a fault."""
+    if disk.format != "raw":
+        subprocess.run(["qemu-img", "check", "-q", disk.file], check=True)
+    with open_image(disk.file, active=True, format=disk.format, read_only=True) as image:
+        data = bytearray(image.size)
+        image.read(0, data)
+    found = read_journal(data)
+    assert not found.faults, found.faults
+    return found.last
 
 
 def _wait(met: Callable[[], bool], found: Callable[[], str]) -> None:

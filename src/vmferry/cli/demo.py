@@ -23,6 +23,10 @@ def command(
             help="What hosts it: kvm, unicorn, or auto for KVM where it works.",
         ),
     ] = "auto",
+    disk: Annotated[
+        bool,
+        typer.Option("--disk", help="With a disk that all share, on which it keeps a journal."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Move a machine between processes of this computer while it runs, and prove it intact.
@@ -41,6 +45,13 @@ def command(
     with reporter(Demonstrating(), json=json, quiet=False) as report:
         report.finished(
             proof(
-                demonstrate(ram=ram or RAM, moves=moves, kind=kind, told=told, seen=report.progress)
+                demonstrate(
+                    ram=ram or RAM,
+                    moves=moves,
+                    kind=kind,
+                    disk=disk,
+                    told=told,
+                    seen=report.progress,
+                )
             )
         )

@@ -127,15 +127,20 @@ def moved(move: Moved) -> Done:
 def proof(found: Proof) -> Done:
     """What was found at the end."""
     downtimes = ", ".join(map(format_duration, found.downtimes))
-    lines = (
+    lines = [
         "The machine is intact:",
         f"  heartbeats  {found.heartbeats} in one unbroken row, whichever process they came from:",
         "              every line is whole, and its time and counts go on from those before",
         f"  memory      {found.pages:,} pages seen from outside, every byte as it has to be;",
         f"              {found.checked:,} checked by the guest, and none was lost, stale or torn",
         f"  downtime    {downtimes} by the guest's own clock",
-    )
+    ]
+    if found.records is not None:
+        lines.append(
+            f"  disk        {found.records} records of its journal, none lost, doubled or torn"
+        )
     content = {
+        "records": found.records,
         "heartbeats": found.heartbeats,
         "checked": found.checked,
         "pages": found.pages,
