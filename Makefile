@@ -27,6 +27,7 @@ soak: $(READY)
 
 qemu:
 	@scripts/setup qemu
+	@scripts/setup etcd
 
 $(READY): pyproject.toml $(KERNELS)
 	@scripts/setup python

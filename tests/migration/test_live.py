@@ -27,13 +27,13 @@ from vmferry.migration.answers import Answers
 from vmferry.migration.control import Control, RunState
 from vmferry.migration.destination import Destination
 from vmferry.migration.events import DowntimeRaised, Stalled
-from vmferry.migration.identity import Identity
 from vmferry.migration.machine_sink import MachineSink
 from vmferry.migration.precopy import Precopy
 from vmferry.migration.progress import Meter
 from vmferry.migration.status import ENDS, Status
 from vmferry.migration.takeover import ABORT, GO, READY
 from vmferry.migration.verdict import Verdict
+from vmferry.ownership.identity import Identity
 from vmferry.transports import RateLimit, connect, listen
 from vmferry.vmstate import U8, device
 from vmferry.wire.commands import Ping

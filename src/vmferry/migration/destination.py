@@ -22,6 +22,7 @@ from vmferry.errors import (
     VmferryError,
 )
 from vmferry.faults import reach
+from vmferry.ownership.identity import NUMBERS, Identity
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
 from vmferry.wire import foreign
@@ -53,7 +54,6 @@ from vmferry.wire.split import DecodedDevices
 from .answers import Answers
 from .claims import PageClaims
 from .connections import Connections, Deadlines
-from .identity import NUMBERS, Identity
 from .progress import Meter
 from .runs import Runs
 from .sink import Loader, Sink

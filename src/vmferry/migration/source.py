@@ -23,6 +23,7 @@ from vmferry.errors import (
     VmferryError,
 )
 from vmferry.faults import reach
+from vmferry.ownership.identity import Identity
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
 from vmferry.wire.commands import OpenReturnPath, Ping
@@ -51,7 +52,6 @@ from vmferry.wire.sections import (
 
 from .batches import Batch
 from .handover import SOURCE, SOURCE_OF_QEMU, Handover, Stage, Word
-from .identity import Identity
 from .outgoing import Outgoing
 from .page_sender import PageSender
 from .passes import OnePass, Passes

@@ -27,10 +27,9 @@ from contextlib import contextmanager, suppress
 from typing import Final
 
 from vmferry.errors import PeerError, PeerSilent, TransportError
+from vmferry.ownership.identity import Identity
 from vmferry.transports import Channel
 from vmferry.wire.commands import Ping
-
-from .identity import Identity
 
 ANNOUNCE: Final = int.from_bytes(b"vmfA")
 """A ping: the source hands over as above, and the numbers of its identity follow as pings."""

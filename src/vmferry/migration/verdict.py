@@ -19,6 +19,7 @@ from vmferry.errors import (
     Refused,
     VmferryError,
 )
+from vmferry.ownership.identity import NUMBERS, Identity
 from vmferry.transports import Channel
 from vmferry.units import format_duration
 from vmferry.wire.return_path import (
@@ -30,7 +31,6 @@ from vmferry.wire.return_path import (
     SwitchoverAck,
 )
 
-from .identity import NUMBERS, Identity
 from .takeover import READY
 
 _LAST_WORDS: Final = 0.5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmferry.migration.identity import Identity
+from vmferry.ownership.identity import Identity
 
 
 def test_process_lives_until_it_has_ended() -> None:
@@ -41,5 +41,5 @@ def test_process_that_proc_hides_may_live(monkeypatch: pytest.MonkeyPatch) -> No
         raise FileNotFoundError(pid)
 
     identity = Identity.own()
-    monkeypatch.setattr("vmferry.migration.identity._state", hidden)
+    monkeypatch.setattr("vmferry.ownership.identity._state", hidden)
     assert not identity.is_dead()
