@@ -47,6 +47,31 @@ def command(
         bool,
         typer.Option("--watch/--no-watch", help="Wait for the end, or only begin. Default: wait."),
     ] = True,
+    copy_storage: Annotated[
+        bool,
+        typer.Option(
+            "--copy-storage",
+            help="Copy the disks first, by mirrors over NBD that last until the switchover (QEMU).",
+        ),
+    ] = False,
+    destination_qmp: Annotated[
+        str | None,
+        typer.Option(metavar="SOCKET", help="The monitor of the other machine, to copy disks."),
+    ] = None,
+    nbd: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Where the other machine serves its disks meanwhile: unix:PATH or "
+            "tcp:HOST:PORT. Default: beside URI, or port 10809 of its host.",
+        ),
+    ] = None,
+    incremental: Annotated[
+        bool,
+        typer.Option(
+            "--incremental", help="Copy only what lies above backing files that both sides have."
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -55,22 +80,54 @@ def command(
     It is a QEMU or a machine of vmferry run. The other one waits at URI, and has the same
     capabilities. Ctrl-C cancels the migration: the machine runs on where it is.
     """
+    from contextlib import ExitStack
+
     from vmferry.qemu import Migration, Qmp
+    from vmferry.qemu.mirror import Both, Copied, StorageCopy, nbd_place
+    from vmferry.units import format_size
 
     from .migrating import Migrating, taken
     from .output import one_line
     from .reports import Done, reporter
     from .signals import Interrupted, supervised
 
+    if copy_storage != (destination_qmp is not None):
+        raise typer.BadParameter("--copy-storage and --destination-qmp belong together")
+    if copy_storage and not watch:
+        raise typer.BadParameter("--copy-storage has to watch the migration")
     capabilities = dict(map(_capability, capability or []))
     parameters = dict(map(_parameter, parameter or []))
 
     def work(control: Work) -> MigrationInfo:
-        with Qmp.connect(monitor) as qmp:
+        with ExitStack() as stack:
+            qmp = stack.enter_context(Qmp.connect(monitor))
             migration = Migration(qmp)
-            control.begun(migration)
-            migration.begin(uri, capabilities=capabilities, parameters=parameters)
-            return migration.wait(seen) if watch else migration.look()
+            if destination_qmp is None:
+                control.begun(migration)
+                migration.begin(uri, capabilities=capabilities, parameters=parameters)
+                return migration.wait(seen) if watch else migration.look()
+            other = stack.enter_context(Qmp.connect(destination_qmp))
+            place = nbd or nbd_place(uri)
+            copy = stack.enter_context(StorageCopy(qmp, other, place, incremental=incremental))
+            control.begun(Both(copy, migration))
+            copy.wait_ready(copied)
+            migration.begin(
+                uri,
+                capabilities=capabilities,
+                parameters=parameters,
+                before_switchover=copy.finish,
+            )
+
+            def watched(now: MigrationInfo) -> None:
+                copy.look()
+                seen(now)
+
+            return migration.wait(watched)
+
+    def copied(now: Copied) -> None:
+        content = {"done": now.done, "total": now.total}
+        text = f"disks: {format_size(now.done)} of {format_size(now.total)} copied"
+        report.happened("copied", text, **content)
 
     def seen(now: MigrationInfo) -> None:
         if now.stall and now.stall != report.last.stall:

@@ -78,6 +78,7 @@ class Migration:
         self._unwanted = False
         self._woken = threading.Event()
         self._is_confirmed = False
+        self._before_switchover: Callable[[], None] | None = None
         self.last = MigrationInfo()
 
     def begin(
@@ -86,11 +87,14 @@ class Migration:
         *,
         capabilities: Mapping[str, bool] | None = None,
         parameters: Mapping[str, object] | None = None,
+        before_switchover: Callable[[], None] | None = None,
     ) -> None:
         """Set *capabilities* and *parameters*, the others stay as they are; then start.
 
         *uri* is for the machine to read: paths and descriptors are those of its process.
         Parameters that are texts may have units, see :func:`read_parameters`.
+        *before_switchover* is called by :meth:`wait` when the machine has stopped and before it is
+        given away; where it raises, the migration is cancelled.
 
         Raises UsageError where a parameter cannot be read or a migration is under way already,
         QmpError where the machine refuses.  The machine runs on in either case.
@@ -105,6 +109,10 @@ class Migration:
         if parameters:
             current = _object(self._qmp, "query-migrate-parameters")
             self._qmp.execute("migrate-set-parameters", read_parameters(parameters, current))
+        self._before_switchover = before_switchover
+        if before_switchover is not None:
+            pause = {"capability": "pause-before-switchover", "state": True}
+            self._qmp.execute("migrate-set-capabilities", {"capabilities": [pause]})
         self._is_confirmed = "return-path" in self._enabled()
         if self._unwanted:
             raise MigrationCancelled("the migration was cancelled before it began")
@@ -118,14 +126,32 @@ class Migration:
         """
         told = False
         while not (now := self.look()).has_ended:
-            if progress:
-                progress(now)
+            try:
+                if progress:
+                    progress(now)
+                self._reached(now)
+            except PeerError:
+                self._give_up()
+                raise
             if self._unwanted and not told:
                 self._tell(now)
                 told = True
             self._woken.wait(_POLL)
             self._woken.clear()
         return self._judged(now)
+
+    def _reached(self, now: MigrationInfo) -> None:
+        """Do what is to be done between the stop of the machine and the switchover, once."""
+        if now.status == "pre-switchover" and self._before_switchover is not None:
+            last, self._before_switchover = self._before_switchover, None
+            last()
+            self._qmp.execute("migrate-continue", {"state": "pre-switchover"})
+
+    def _give_up(self) -> None:
+        """Cancel it, and wait until the machine runs again."""
+        self._qmp.execute("migrate_cancel")
+        while not self.look().has_ended:
+            time.sleep(_POLL)
 
     def look(self) -> MigrationInfo:
         """How far it is."""
