@@ -40,6 +40,12 @@ POINTS: Final = frozenset(
         "images-active",
         "shut-said",
         "running",
+        # of whoever changes the record of the machine's owner, before and after each change
+        *(
+            f"{act}-{when}"
+            for act in ("claim", "offer", "grant", "revoke", "take", "start", "return")
+            for when in ("asked", "landed")
+        ),
     }
 )
 

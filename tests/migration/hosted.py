@@ -15,6 +15,8 @@ from tests.migration.python_machine import PythonMachine
 from tests.transports.support import wait_until
 from vmferry import TransportError
 from vmferry.migration.control import Control
+from vmferry.ownership.engine import Ownership
+from vmferry.ownership.store import open_store
 from vmferry.qemu.commands import Command
 from vmferry.qemu.monitor import GREETING, machine_commands
 from vmferry.qemu.qmp import Qmp
@@ -26,9 +28,22 @@ LONG = 30.0
 def main(path: str, role: str) -> None:
     told_to_end = threading.Event()
     with PythonMachine() as machine:
+        ownership = None
+        if uri := os.environ.get("OWNERSHIP"):
+            ownership = Ownership(
+                open_store(uri),
+                vm="vm",
+                pause=lambda: paused(machine),
+                resume=machine.resume,
+                doubt=lambda why: control.doubted(why),  # noqa: PLW0108  (it comes to be below)
+            )
+        control = Control(machine, ownership=ownership)
         if role == "source":
+            if ownership is not None:
+                ownership.claim()
             machine.fill().resume()
-        control = Control(machine)
+        elif ownership is not None:
+            ownership.await_machine()
         commands = machine_commands(control) | {
             "x-steps": Command(lambda _: machine.steps, at_once=True),
             "x-check": Command(lambda _: _check(machine)),
@@ -36,6 +51,15 @@ def main(path: str, role: str) -> None:
         with QmpServer(path, commands, greeting=GREETING, leave=told_to_end.set):
             told_to_end.wait()
         control.close()
+        if ownership is not None:
+            machine.pause()
+            ownership.close()
+
+
+def paused(machine: PythonMachine) -> bool:
+    ran = machine.running
+    machine.pause()
+    return ran
 
 
 def _check(machine: PythonMachine) -> None:
@@ -46,11 +70,11 @@ def _check(machine: PythonMachine) -> None:
 class Hosted:
     """The process of a machine, and a session with its monitor."""
 
-    def __init__(self, path: Path, role: str, *, fault: str = "") -> None:
+    def __init__(self, path: Path, role: str, *, fault: str = "", store: str = "") -> None:
         self.path = path
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.migration.hosted", str(path), role],
-            env={**os.environ, "VMFERRY_FAULT": fault},
+            env={**os.environ, "VMFERRY_FAULT": fault, "OWNERSHIP": store},
         )
         wait_until(self._connect, LONG)
 
@@ -96,6 +120,9 @@ class Hosted:
     def wait_frozen(self) -> None:
         state = Path(f"/proc/{self._process.pid}/stat")
         wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", LONG)
+
+    def freeze(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self._process.send_signal(signal.SIGCONT)

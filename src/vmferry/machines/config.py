@@ -21,6 +21,9 @@
     read-only = false
     direct = false              # pass the host's page cache by
 
+    [ownership]                 # who may run the machine is kept here, and decides
+    store = "file:/shared/vm.owner"     # or etcd://HOST:PORT/KEY; default: nobody keeps it
+
 Every key has a default, but the file of a disk.  The guest keeps a journal on the first disk.
 """
 
@@ -35,6 +38,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from vmferry.errors import StorageError, UsageError
+from vmferry.ownership.store import open_store
 from vmferry.units import format_size, parse_rate, parse_size
 
 PAGE: Final = 4096
@@ -91,6 +95,17 @@ class DiskConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OwnershipConfig:
+    """Where the record of the owner is; see :func:`vmferry.ownership.store.open_store`."""
+
+    store: str
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` for what cannot be."""
+        open_store(self.store)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MachineConfig:
     """A machine; ``ram`` in bytes.  ``kind`` is how it is hosted, and no part of what it is."""
 
@@ -101,6 +116,7 @@ class MachineConfig:
     uuid: UUID | None = None
     guest: GuestConfig = field(default_factory=GuestConfig)
     disk: tuple[DiskConfig, ...] = ()
+    ownership: OwnershipConfig | None = None
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` for what cannot be."""
@@ -146,13 +162,16 @@ def read_config(path: str | os.PathLike[str]) -> MachineConfig:
 def to_toml(config: MachineConfig) -> str:
     """A file that :func:`read_config` reads as *config*."""
     disks = [line for disk in config.disk for line in ("[[disk]]", *_lines(disk))]
-    return "\n".join([*_lines(config), "[guest]", *_lines(config.guest), *disks, ""])
+    owned = [] if config.ownership is None else ["[ownership]", *_lines(config.ownership)]
+    return "\n".join([*_lines(config), "[guest]", *_lines(config.guest), *disks, *owned, ""])
 
 
-def _lines(part: MachineConfig | GuestConfig | DiskConfig) -> Iterator[str]:
+def _lines(
+    part: MachineConfig | GuestConfig | DiskConfig | OwnershipConfig,
+) -> Iterator[str]:
     for member in fields(part):
         match getattr(part, member.name):
-            case GuestConfig() | tuple():
+            case GuestConfig() | OwnershipConfig() | tuple():
                 continue
             case None if member.name == "rate":
                 value = '"unlimited"'
@@ -200,6 +219,13 @@ def _guest(values: object) -> GuestConfig:
         return GuestConfig(**read)
     except UsageError as error:
         raise UsageError(f"guest.{error}") from error
+
+
+def _ownership(values: object) -> OwnershipConfig:
+    match values:
+        case {"store": str(store), **rest} if not rest:
+            return OwnershipConfig(store=store)
+    raise UsageError(f"expected a table with store, found {values!r}")
 
 
 Convert = Callable[[Any], Any]
@@ -274,6 +300,7 @@ _MACHINE: Final[Mapping[str, Convert]] = {
     "uuid": _uuid,
     "guest": _guest,
     "disk": _disks,
+    "ownership": _ownership,
 }
 _DISK: Final[Mapping[str, Convert]] = {
     "file": _text,

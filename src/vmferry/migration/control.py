@@ -15,7 +15,8 @@ from queue import SimpleQueue
 from typing import Any, TypeAlias
 
 from vmferry.errors import UsageError, VmferryError
-from vmferry.images import activate_all
+from vmferry.images import activate_all, inactivate_all
+from vmferry.ownership.engine import Ownership
 from vmferry.transports import Listener, connect, listen
 from vmferry.transports.uri import TcpAddress, UnixAddress, parse
 
@@ -55,13 +56,20 @@ class Control:
     and with capability ``events`` ``MIGRATION`` and ``MIGRATION_PASS``; :meth:`watch` gives all
     there is.  A machine
     that is *awaited* has nothing in it that could run before :meth:`incoming` has brought it.  What
-    a method raises is a :class:`~vmferry.errors.VmferryError`, and nothing has changed then.
+    a method raises is a :class:`~vmferry.errors.VmferryError`, and nothing has changed then.  With
+    *ownership* the record decides where the machine may run, and no operator's ``cont`` does.
     """
 
     def __init__(
-        self, machine: LiveMachine, *, notify: Notify | None = None, awaited: bool = False
+        self,
+        machine: LiveMachine,
+        *,
+        notify: Notify | None = None,
+        awaited: bool = False,
+        ownership: Ownership | None = None,
     ) -> None:
         self.machine = machine
+        self._ownership = ownership
         self._awaited = awaited
         self._notify = notify or (lambda _name, _data: None)
         self._lock = threading.RLock()
@@ -144,6 +152,11 @@ class Control:
         who knows that it runs nowhere else.
         """
         with self._lock:
+            if self._ownership is not None and not self._ownership.may_run:
+                raise UsageError(
+                    f"the machine may not run here, as {self._ownership.store.uri} says or may say:"
+                    f" it is {self._ownership.stage} (vmferry owner show tells whose it is)"
+                )
             if self._destination is not None and self.in_doubt:
                 return self._destination.decide(take=True)
             self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
@@ -184,6 +197,7 @@ class Control:
                 statistics=statistics,
                 tell=self._tell,
                 lock=self._lock,
+                ownership=self._ownership,
             )
             self._source, self._statistics, self._destination = source, statistics, None
             self._begin(track, lambda: self._run_source(source))
@@ -207,9 +221,11 @@ class Control:
                 ),
                 max_ram=sys.maxsize,  # the sink takes what the machine has, and nothing else
                 claim=lambda: self._claim(sink),
+                let_go=lambda: inactivate_all(self.machine.images),
                 taken=lambda: self._taken(sink),
                 dropped=self._dropped,
                 loader=sink,
+                ownership=self._ownership,
             )
             track = self._new_track(DESTINATION)
             self._destination, self._awaited = destination, True
@@ -263,7 +279,26 @@ class Control:
         self.wait()
 
     def query(self) -> dict[str, Any]:
-        """``query-migrate``; ``x-vmferry-stall`` tells of a migration that made no progress."""
+        """``query-migrate``; ``x-vmferry-stall`` tells of a migration that made no progress.
+
+        Of a machine with a record of who owns it ``x-vmferry-ownership`` says what this side may
+        do with it, and ``x-vmferry-doubt`` why it cannot know.
+        """
+        return self._query() | self._owned()
+
+    def doubted(self, why: str) -> None:
+        """Tell that it cannot be known who has the machine, and *why*; nothing: it is known."""
+        self._tell(Warned(f"in doubt: {why}" if why else "no longer in doubt"))
+
+    def _owned(self) -> dict[str, Any]:
+        if self._ownership is None:
+            return {}
+        doubt = self._ownership.doubt
+        return {"x-vmferry-ownership": str(self._ownership.stage)} | (
+            {"x-vmferry-doubt": doubt} if doubt else {}
+        )
+
+    def _query(self) -> dict[str, Any]:
         with self._lock:
             status, statistics = self._track.current, self._statistics
             if self._destination is not None:

@@ -22,6 +22,7 @@ from vmferry.errors import (
     VmferryError,
 )
 from vmferry.faults import reach
+from vmferry.ownership.engine import Ownership
 from vmferry.ownership.identity import NUMBERS, Identity
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
@@ -57,7 +58,7 @@ from .connections import Connections, Deadlines
 from .progress import Meter
 from .runs import Runs
 from .sink import Loader, Sink
-from .takeover import ANNOUNCE, READY, Takeover
+from .takeover import ANNOUNCE, OWNED, READY, TOKEN, Takeover
 
 _SILENCE: Final = 1.0
 """Seconds after which a source that waits for an answer has nothing more to send."""
@@ -75,11 +76,12 @@ class Destination:
     that means well never sends it.  *switchover_ack* says whether to acknowledge the switchover,
     which a source with ``switchover-ack`` waits for and one before QEMU 8.1 refuses to hear
     (default: by the version of the machine type).  *claim* is called once the machine is this
-    side's, before its source hears that: where it raises, the source keeps the machine.  *taken* is
-    called as soon as the machine is this side's, before the connections are closed.  *dropped* is
+    side's, before its source hears that: where it raises, the source keeps the machine.  *let_go*
+    undoes it where the machine turns out to be another's.  *taken* is called as soon as the machine is this side's, before the connections are closed.  *dropped* is
     told of connections that were none of a
     source, see :class:`~.connections.Connections`.  *loader* knows the machine's devices and takes
     them; without one the stream's own description tells them apart, and the sink keeps them.
+    *ownership* is the record of who owns the machine, if it has one: then it decides.
     """
 
     def __init__(
@@ -94,12 +96,17 @@ class Destination:
         tolerate: Tolerate = Tolerate.NOTHING,
         switchover_ack: bool | None = None,
         claim: Callable[[], None] | None = None,
+        let_go: Callable[[], None] | None = None,
         taken: Callable[[], None] | None = None,
         dropped: Callable[[Exception], None] | None = None,
         loader: Loader | None = None,
+        ownership: Ownership | None = None,
     ) -> None:
+        self._ownership = ownership
+        self._token: list[int] | None = None
         self._sink = sink
         self._claim = claim or (lambda: None)
+        self._let_go = let_go or (lambda: None)
         self._taken = taken or (lambda: None)
         self._meter = meter or Meter()
         self._deadlines = deadlines or Deadlines()
@@ -179,8 +186,8 @@ class Destination:
             self._meter.phase("storing")
             self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
             reach("loaded")
-            if self._announced is not None:
-                self._take_over(self._announced)
+            if self._announced is not None or self._ownership is not None:
+                self._take_over(self._announced or [])
             else:
                 self._claim()
                 self._answers.confirm()
@@ -215,6 +222,9 @@ class Destination:
         try:
             self._await_last_word(numbers)
         except BaseException:
+            if self._ownership is not None:
+                self._let_go()
+                self._ownership.decline()
             self._sink.discard()
             raise
         reach("go-heard")
@@ -230,12 +240,39 @@ class Destination:
         takeover = self._takeover = Takeover(self._main, Identity.from_numbers(numbers))
         # Either this sees that it was cancelled, or whoever cancels sees the takeover.
         self._check_cancelled()
+        ownership = self._check_owned()
         self._meter.phase("ready")
         with suppress(TransportError):  # it may have arrived nonetheless
             for number in (READY, *Identity.own().numbers()):
                 self._answers.say(Pong(number))
         reach("ready-said")
-        takeover.wait(self._deadlines.idle, lambda: self._meter.phase("in-doubt"))
+        patience = self._deadlines.idle
+        if ownership is None:
+            return takeover.wait(patience, lambda: self._meter.phase("in-doubt"))
+        takeover.wait_for(ownership.try_take, patience, lambda: self._meter.phase("in-doubt"))
+        # Between the two: nobody else may have the images now, and the machine does not run yet.
+        self._claim()
+        if not ownership.start():
+            raise PeerError("the machine is another engine's by now")
+        return None
+
+    def _check_owned(self) -> Ownership | None:
+        """Both sides heed the same record, or none."""
+        ownership, token = self._ownership, self._token
+        if ownership is None:
+            if token is not None:
+                raise PeerError(
+                    "the source's machine has a record of who owns it, and this side's names none:"
+                    " name the same store on both sides"
+                )
+            return None
+        if token is None or len(token) < TOKEN:
+            raise PeerError(
+                f"the source names no record of who owns its machine, and this side heeds"
+                f" {ownership.store.uri}: name the same store on both sides"
+            )
+        ownership.expect(token[0] << 32 | token[1], self._deadlines.idle)
+        return ownership
 
     def _receive(self) -> None:
         reader = self._reader
@@ -438,8 +475,12 @@ class Destination:
             self._unheard = self._unheard or error
 
     def _note_announcement(self, value: int) -> None:
-        if self._announced is not None and len(self._announced) < NUMBERS:
+        if self._token is not None and len(self._token) < TOKEN:
+            self._token.append(value)
+        elif self._announced is not None and len(self._announced) < NUMBERS:
             self._announced.append(value)
+        elif value == OWNED and self._announced is not None:
+            self._token = []
         elif value == ANNOUNCE:
             self._announced = []
 

@@ -18,6 +18,8 @@ from vmferry.errors import ChannelClosed, PeerSilent, StorageError, UsageError, 
 from vmferry.faults import reach
 from vmferry.images import activate_all, inactivate_all
 from vmferry.memory import PAGE_SIZE, DirtyLog
+from vmferry.ownership.engine import Ownership
+from vmferry.ownership.protocol import Stage as Owner
 from vmferry.pages import XbzrleCache
 from vmferry.wire.multifd import Method
 
@@ -63,9 +65,11 @@ class LiveSource:
         statistics: Statistics,
         tell: Callable[[Event], None],
         lock: AbstractContextManager[object],
+        ownership: Ownership | None = None,
     ) -> None:
         machine.registry.check_migratable()
         self._machine = machine
+        self._ownership = ownership
         self._parameters = parameters
         self._tell = tell
         self._lock = lock
@@ -87,6 +91,7 @@ class LiveSource:
             options=self._options(capabilities),
             meter=statistics,
             passes=passes,
+            ownership=ownership,
         )
         self._proceed = threading.Event()
         self.has_stopped = False
@@ -102,8 +107,11 @@ class LiveSource:
             try:
                 self._source.run()
             except BaseException:
-                self._take_back()
-                raise
+                if self._is_back():
+                    self._take_back()
+                    raise
+                if self._source.handover.hear(Word.SHUT) is None:
+                    raise
         if self._source.handover.stage == Stage.RELEASED:
             return Status.COMPLETED
         self._statistics.finished()
@@ -118,13 +126,16 @@ class LiveSource:
         """Give up, from any thread; the machine runs when this returns, unless it is too late."""
         if not self._source.cancel():
             return False
-        self._take_back()
+        if self._ownership is None:
+            self._take_back()  # else the record has to say so first, to whoever runs this
         self._proceed.set()
         return True
 
     @property
     def is_given_away(self) -> bool:
         """Whether the machine may run, or have run, at the destination."""
+        if self._ownership is not None and self._ownership.stage is Owner.GONE:
+            return True
         return not self._source.handover.may_run
 
     def proceed(self) -> None:
@@ -151,6 +162,18 @@ class LiveSource:
             idle=now.idle_deadline or None,
             answer=now.answer_deadline or None,
         )
+
+    def _is_back(self) -> bool:
+        """Whether the machine may be this side's again: the record says so, where there is one.
+
+        That may take as long as its store is silent, and the machine stands still meanwhile.
+        """
+        if self._ownership is None:
+            return True
+        if not self._ownership.undo():
+            return False
+        self._source.handover.hear(Word.GONE)
+        return True
 
     def _take_back(self) -> None:
         """Let the machine run again where the migration has stopped it; only once."""
@@ -231,6 +254,8 @@ class LiveSource:
             self._machine.pause()
             if self._outgoing.was_running:
                 self._tell(Stopped())
+        if self._ownership is not None and not self._ownership.stop():
+            raise StorageError("the machine is not known to be this side's: its lease has lapsed")
         reach("stopped")
         inactivate_all(self._machine.images)
         reach("images-inactive")

@@ -23,6 +23,7 @@ from vmferry.errors import (
     VmferryError,
 )
 from vmferry.faults import reach
+from vmferry.ownership.engine import Ownership
 from vmferry.ownership.identity import Identity
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
@@ -56,7 +57,7 @@ from .outgoing import Outgoing
 from .page_sender import PageSender
 from .passes import OnePass, Passes
 from .progress import Meter
-from .takeover import ANNOUNCE, GO, keeping_the_machine
+from .takeover import ANNOUNCE, GO, GRANTED, OWNED, keeping_the_machine
 from .verdict import Verdict
 
 _FLUSHES_SINCE: Final = (8, 1)
@@ -112,7 +113,8 @@ class Source:
     """Sends *machine*; *connect* opens one more connection to the destination.
 
     *passes* is the memory of a machine that still runs; then the machine is handed over as in
-    :mod:`.handover`, where the transport has a way back.
+    :mod:`.handover`, where the transport has a way back.  *ownership* is the record of who owns it,
+    if it has one; where something fails, :meth:`Ownership.undo` is the caller's.
     """
 
     def __init__(
@@ -123,8 +125,10 @@ class Source:
         options: SendOptions | None = None,
         meter: Meter | None = None,
         passes: Passes | None = None,
+        ownership: Ownership | None = None,
     ) -> None:
         self._machine = machine
+        self._ownership = ownership
         self._passes = passes
         self._connect = connect
         self._options = options or SendOptions()
@@ -160,6 +164,11 @@ class Source:
             main = self._main = self._open(cleanup)
             self._answered = main.duplex and self._options.return_path
             if not self._answered:
+                if self._ownership is not None:
+                    raise UsageError(
+                        "a machine with a record of who owns it is given away only where the other"
+                        " side can answer: use tcp: or unix:, and return-path"
+                    )
                 self.handover = Handover(SOURCE_OF_QEMU)
             verdict = self._verdict = Verdict(main, lambda: self.handover.stage == Stage.RESUMED)
             self._meter.start()
@@ -191,11 +200,17 @@ class Source:
             reach("offered")
             ready = self._verdict.await_ready(patience)
             reach("ready-heard")
+            if self._ownership is not None:
+                if ready is None:
+                    raise PeerError("the destination heeds no record of who owns the machine")
+                self._ownership.grant(self._is_off)
             if not self.handover.hear(Word.READY):
                 raise ChannelClosed(_CANCELLED)
         if ready is not None:
             self._let_go(ready)
         self.handover.hear(Word.SHUT)
+        if self._ownership is not None:
+            self._ownership.given()
         self._passes.done()
         reach("shut-heard")
         return None
@@ -204,7 +219,8 @@ class Source:
         """Say *go*; from here on only the destination's own word brings the machine back."""
         self._meter.phase("handing-over")
         try:
-            self._main.send([Ping(GO).encode()], self._options.idle)
+            go = GO if self._ownership is None else GRANTED
+            self._main.send([Ping(go).encode()], self._options.idle)
             reach("go-said")
             return self._verdict.await_success(self._options.answer)
         except Refused:
@@ -212,6 +228,9 @@ class Source:
             raise
         except VmferryError as failure:
             error = failure
+        if self._ownership is not None:
+            self.handover.hear(Word.LOST)
+            raise error  # the record says whose it is
         # Over a direct connection nothing is lost that was said before the process ended.
         if self._main.peer_pid == destination.pid and destination.dies_within(_DYING):
             if self._verdict.is_success():
@@ -248,6 +267,9 @@ class Source:
             channel.shutdown()
         return True
 
+    def _is_off(self) -> bool:
+        return self._cancelled or self.handover.stage == Stage.RESUMED
+
     def _check_cancelled(self) -> None:
         if self._cancelled:
             raise ChannelClosed(_CANCELLED)
@@ -269,6 +291,9 @@ class Source:
             self._send(OpenReturnPath(), Ping(1))
             if self._passes is not None:
                 self._send(*map(Ping, (ANNOUNCE, *Identity.own().numbers())))
+            if self._ownership is not None:
+                token = self._ownership.prepare()
+                self._send(*map(Ping, (OWNED, token >> 32, token & 0xFFFFFFFF)))
         if self._options.multifd:
             self._pages = self._open_pages(cleanup)
         self._send_starts()
@@ -278,6 +303,8 @@ class Source:
         self._send_ram(passes)
         self._send_ends()
         self._meter.phase("device")
+        if self._ownership is not None:
+            self._ownership.offer(self._is_off)
         self._send_bytes(machine.devices)
         reach("devices-sent")
         if self.handover.hear(Word.SENT) is None and self._passes is not None:

@@ -35,6 +35,13 @@ ANNOUNCE: Final = int.from_bytes(b"vmfA")
 """A ping: the source hands over as above, and the numbers of its identity follow as pings."""
 READY: Final = int.from_bytes(b"vmfR")
 """A pong: everything is loaded; the numbers of the destination's identity follow as pongs."""
+OWNED: Final = int.from_bytes(b"vmfO")
+"""A ping behind the identity: the machine has a record of who owns it
+(:mod:`vmferry.ownership`), and :data:`TOKEN` pings follow that say whom it is offered to."""
+TOKEN: Final = 2
+GRANTED: Final = int.from_bytes(b"vmfT")
+"""A ping behind the description, in the place of *go*: a hint that the record grants the machine;
+without a record nobody may act on it."""
 GO: Final = int.from_bytes(b"vmfG")
 """A ping behind the description: the machine is the destination's."""
 ABORT: Final = int.from_bytes(b"vmfX")
@@ -86,7 +93,27 @@ class Takeover:
         if not self._take:
             raise PeerError("the machine was dropped: its source may have it")
 
-    def _heard_go(self) -> bool:
+    def wait_for(
+        self, taken: Callable[[], bool], patience: float | None, in_doubt: Callable[[], None]
+    ) -> None:
+        """Return once *taken* says so; it is asked about every tenth of a second.
+
+        For a machine with a record of who owns it: what the source says is only a hint, and no
+        silence decides anything.  Raises as :meth:`wait`.
+        """
+        deadline = None if patience is None else time.monotonic() + patience
+        while not taken():
+            if self._decided.is_set():
+                raise PeerError("the machine was dropped on this side")
+            if deadline is not None and time.monotonic() > deadline:
+                deadline = None
+                in_doubt()
+            if self._is_cut or self._have == len(self._word):
+                self._decided.wait(_ASK)
+            else:
+                self._heard_go(GRANTED)
+
+    def _heard_go(self, go: int = GO) -> bool:
         """Listen for a moment."""
         if self._is_cut:
             return False
@@ -100,7 +127,7 @@ class Takeover:
         self._have += count
         if self._have < len(self._word):
             return False
-        if self._word == Ping(GO).encode():
+        if self._word == Ping(go).encode():
             return True
         if self._word == Ping(ABORT).encode():
             raise PeerError("the source has taken its machine back")

@@ -10,12 +10,15 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from vmferry.errors import MachineError, UsageError
+from vmferry.images import activate_all, inactivate_all
 from vmferry.machines import HostedMachine, MachineConfig, create
 from vmferry.machines.guest.console import Console
 from vmferry.machines.observer import check
 from vmferry.migration.control import Control, RunState
 from vmferry.migration.events import WARNING
 from vmferry.migration.status import Status
+from vmferry.ownership.engine import Ownership
+from vmferry.ownership.store import open_store
 from vmferry.qemu.commands import Command
 from vmferry.qemu.messages import Object
 from vmferry.qemu.monitor import GREETING, machine_commands
@@ -91,10 +94,27 @@ class Host:
             raise UsageError("to wait until migrate-incoming says where, a monitor is needed")
         awaited = self._incoming is not None
         self.machine: HostedMachine = cleanup.enter_context(
-            create(self._config, serial=self._take_serial, awaited=awaited)
+            create(
+                self._config,
+                serial=self._take_serial,
+                # With a record of the owner nothing is touched before that is known.
+                awaited=awaited or self._config.ownership is not None,
+            )
         )
-        self.control = Control(self.machine, notify=self._notify, awaited=awaited)
+        ownership = self._owned()
+        if ownership is not None:
+            cleanup.callback(ownership.close)
+            cleanup.callback(self._stand_still)  # before anything is released
+        self.control = Control(
+            self.machine, notify=self._notify, awaited=awaited, ownership=ownership
+        )
         cleanup.callback(self.control.close)
+        if ownership is not None:
+            if awaited:
+                ownership.await_machine()
+            else:
+                ownership.claim()
+                activate_all(self.machine.images)
         if self._monitor is not None:
             commands = machine_commands(self.control, uuid=self._config.uuid)
             commands[CHECK] = Command(lambda _: self._check())
@@ -105,6 +125,29 @@ class Host:
             self.machine.start()
         elif self._incoming != DEFER:
             self.address = self.control.incoming(self._incoming)
+
+    def _owned(self) -> Ownership | None:
+        config = self._config
+        if config.ownership is None:
+            return None
+        return Ownership(
+            open_store(config.ownership.store),
+            vm=str(config.uuid or self.machine.name),
+            pause=self._stand_still,
+            resume=self._go_on,
+            doubt=lambda why: self.control.doubted(why),  # noqa: PLW0108  (it comes to be later)
+        )
+
+    def _stand_still(self) -> bool:
+        """Stop the machine, and leave its images to whoever may have them; whether it ran."""
+        ran = self.machine.running
+        self.machine.pause()
+        inactivate_all(self.machine.images)
+        return ran
+
+    def _go_on(self) -> None:
+        activate_all(self.machine.images)
+        self.machine.resume()
 
     @property
     def state(self) -> str:
