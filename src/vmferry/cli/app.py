@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import convert, demo, inspect, migrate, receive, restore, run, schema, send, status
+from . import convert, demo, inspect, migrate, owner, receive, restore, run, schema, send, status
 
 # Without rich: its import alone costs more than all the rest of --help.
 app = typer.Typer(
@@ -56,3 +56,4 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": False},
 )(restore.command)
 app.add_typer(schema.verbs, name="schema", short_help="Compare the device state of programs.")
+app.add_typer(owner.verbs, name="owner", short_help="See and settle who may run a machine.")

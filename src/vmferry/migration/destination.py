@@ -77,8 +77,9 @@ class Destination:
     which a source with ``switchover-ack`` waits for and one before QEMU 8.1 refuses to hear
     (default: by the version of the machine type).  *claim* is called once the machine is this
     side's, before its source hears that: where it raises, the source keeps the machine.  *let_go*
-    undoes it where the machine turns out to be another's.  *taken* is called as soon as the machine is this side's, before the connections are closed.  *dropped* is
-    told of connections that were none of a
+    undoes it where the machine turns out to be another's.  *taken* is called as soon as the machine
+    is this side's, before the connections are closed.  *dropped* is told of connections that were
+    none of a
     source, see :class:`~.connections.Connections`.  *loader* knows the machine's devices and takes
     them; without one the stream's own description tells them apart, and the sink keeps them.
     *ownership* is the record of who owns the machine, if it has one: then it decides.
