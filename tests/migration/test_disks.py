@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,10 +16,10 @@ import pytest
 
 from tests.transports.support import wait_until
 from vmferry import TransportError
-from vmferry.errors import ImageInactive, StorageError
+from vmferry.errors import ImageInactive, StorageError, UsageError
 from vmferry.images import open_image
 from vmferry.machines import DiskConfig, GuestConfig, MachineConfig
-from vmferry.machines.config import to_toml
+from vmferry.machines.config import OwnershipConfig, to_toml
 from vmferry.machines.guest.journal import read_journal
 from vmferry.migration.status import Status
 from vmferry.qemu.hosting import Host
@@ -179,7 +180,10 @@ def test_two_machines_cannot_have_the_same_disk(tmp_path: Path) -> None:
     machine = config(tmp_path)
     with Host(machine) as here:
         here.console.wait_filled()
-        with pytest.raises(StorageError, match="lock"), Host(machine):
+        with pytest.raises(UsageError, match="held by"), Host(machine):
+            pass
+        alone = replace(machine, ownership=OwnershipConfig(store="none"))
+        with pytest.raises(StorageError, match="lock"), Host(alone):
             pass
 
 
@@ -304,7 +308,23 @@ def test_source_that_dies_late_leaves_the_disk_to_the_destination(
     afterwards(tmp_path)
 
 
-@pytest.mark.parametrize("point", ["loaded", "ready-said", "go-heard", "images-active"])
+@pytest.mark.parametrize("point", ["go-heard", "images-active"])
+def test_destination_that_dies_as_the_owner_takes_the_machine_along(
+    tmp_path: Path, point: str
+) -> None:
+    """The record says that it has started: as behind any crash, the machine starts anew."""
+    with pair(tmp_path, destination=f"{point}:kill") as (source, destination):
+        destination.wait_death()
+        wait_until(lambda: source.status() in {"completed", "failed"}, LONG)
+        assert source.run_state != "running"
+        before = afterwards(tmp_path)
+        with Process(tmp_path / "machine.toml", tmp_path / "again") as again:
+            wait_until(lambda: again.run_state == "running", LONG)
+            assert source.run_state != "running"
+    assert before >= 0
+
+
+@pytest.mark.parametrize("point", ["loaded", "ready-said"])
 def test_destination_that_dies_gives_the_disk_back(tmp_path: Path, point: str) -> None:
     with pair(tmp_path, destination=f"{point}:kill") as (source, destination):
         destination.wait_death()

@@ -22,7 +22,8 @@
     direct = false              # pass the host's page cache by
 
     [ownership]                 # who may run the machine is kept here, and decides
-    store = "file:/shared/vm.owner"     # or etcd://HOST:PORT/KEY; default: nobody keeps it
+    store = "file:/shared/vm.owner"     # or etcd://HOST:PORT/KEY, or none; default: beside the
+                                        # image of the first disk, and without disks nobody
 
 Every key has a default, but the file of a disk.  The guest keeps a journal on the first disk.
 """
@@ -42,6 +43,9 @@ from vmferry.ownership.store import open_store
 from vmferry.units import format_size, parse_rate, parse_size
 
 PAGE: Final = 4096
+NOBODY: Final = "none"
+"""The store of a machine whose owner is kept nowhere."""
+
 KINDS: Final = ("auto", "kvm", "unicorn")
 
 _MIN_RAM: Final = 1 << 20
@@ -102,7 +106,8 @@ class OwnershipConfig:
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` for what cannot be."""
-        open_store(self.store)
+        if self.store != NOBODY:
+            open_store(self.store)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +122,19 @@ class MachineConfig:
     guest: GuestConfig = field(default_factory=GuestConfig)
     disk: tuple[DiskConfig, ...] = ()
     ownership: OwnershipConfig | None = None
+
+    @property
+    def owner_store(self) -> str | None:
+        """Where it is kept who may run the machine; ``None`` for nowhere.
+
+        If nothing is said, beside the first image in a file that can be written.
+        """
+        if self.ownership is not None:
+            return None if self.ownership.store == NOBODY else self.ownership.store
+        for disk in self.disk:
+            if not disk.read_only and not disk.file.startswith("nbd"):
+                return f"file:{disk.file}.owner"
+        return None
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` for what cannot be."""

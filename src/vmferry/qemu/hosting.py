@@ -98,7 +98,7 @@ class Host:
                 self._config,
                 serial=self._take_serial,
                 # With a record of the owner nothing is touched before that is known.
-                awaited=awaited or self._config.ownership is not None,
+                awaited=awaited or self._config.owner_store is not None,
             )
         )
         ownership = self._owned()
@@ -128,10 +128,10 @@ class Host:
 
     def _owned(self) -> Ownership | None:
         config = self._config
-        if config.ownership is None:
+        if config.owner_store is None:
             return None
         return Ownership(
-            open_store(config.ownership.store),
+            open_store(config.owner_store),
             vm=str(config.uuid or self.machine.name),
             pause=self._stand_still,
             resume=self._go_on,
