@@ -5,12 +5,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 KERNELS := $(wildcard $(addprefix src/vmferry/pages/_compiled/,*.pyx *.pxd))
 
-.PHONY: demo test lint bench soak qemu
+.PHONY: demo test lint bench soak qemu etcd
 
 demo: $(READY) qemu
 	$(BIN)/python -m demo
 
-test: $(READY) qemu
+test: $(READY) qemu etcd
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)
@@ -27,6 +27,8 @@ soak: $(READY)
 
 qemu:
 	@scripts/setup qemu
+
+etcd:
 	@scripts/setup etcd
 
 $(READY): pyproject.toml $(KERNELS)
