@@ -123,7 +123,7 @@ class HostedMachine:
         )
 
     def _disk(self, number: int, image: Image) -> Disk:
-        return Disk(image, self, self._disk_failed, image.size, number)
+        return Disk(image, self, self._disk_failed, image.size, int(image.read_only), number)
 
     def _disk_failed(self, error: StorageError) -> None:
         """A write was not done: stop, as the guest must not go on without it."""
@@ -176,6 +176,8 @@ class HostedMachine:
                 self._over.set()
             if self.running or self._over.is_set():
                 return
+            for disk in self._disks:
+                disk.check()
             self.disk_error = None
             self._timer.start()
             for disk in self._disks:

@@ -32,7 +32,7 @@ from typing import Annotated, Any, Final, Protocol
 
 from vmferry.errors import MachineError, StorageError
 from vmferry.images import Image
-from vmferry.vmstate import U32, U64, Local, device, equal
+from vmferry.vmstate import U8, U32, U64, Local, device, equal
 
 READ, WRITE, FLUSH, DISCARD = range(4)
 DONE, FAILED = 1, 2
@@ -64,7 +64,8 @@ class Disk:
     ram: Local[Ram]
     failed: Local[Callable[[StorageError], None]]
     capacity: Annotated[U64, equal]
-    number: U32 = 0
+    read_only: Annotated[U8, equal]
+    number: Annotated[U32, equal] = 0
     ring: U64 = 0
     entries: U64 = 0
     head: U64 = 0
@@ -75,11 +76,24 @@ class Disk:
     def __post_init__(self) -> None:
         self.worker = Worker(self._next, f"disk-{self.number}")
 
+    def post_load(self, _version: int) -> None:
+        """Refuse a ring that no guest can have made."""
+        if self.entries > _MAX_RING or self.entries & (self.entries - 1):
+            raise ValueError(f"the ring has a power of two of places up to {_MAX_RING}")
+
+    def check(self) -> None:
+        """Raise :class:`StorageError` where the image is not as large as the disk."""
+        if self.image.size != self.capacity:
+            raise StorageError(
+                f"{self.image.name}: expected {self.capacity} bytes, found {self.image.size}: it"
+                " was made larger or smaller while it was inactive here"
+            )
+
     def read(self, offset: int, size: int) -> int:
         """A register, or a part of it."""
         registers = (
             *(self.capacity, self.ring, self.entries, self.head, self.tail),
-            int(self.image.read_only),
+            self.read_only,
         )
         if offset >= 8 * len(registers):
             return 0
@@ -130,7 +144,9 @@ class Disk:
         kind, _, offset, address, length = _REQUEST.unpack(place)
         try:
             done = self._do(kind, offset, address, length)
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the guest must not go on
+            if not isinstance(error, StorageError):
+                error = StorageError(f"{self.image.name}: {type(error).__name__}: {error}")
             if kind != READ:
                 self.failed(error)
                 return False
