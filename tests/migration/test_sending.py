@@ -128,6 +128,16 @@ def test_one_channel_that_dies_ends_the_others(start: Start, dead: int) -> None:
     sending.error(TransportError)
 
 
+def test_channel_that_dies_when_everything_is_queued_ends_the_others(start: Start) -> None:
+    """The source waits for channels that are blocked, and not for a place in the queue."""
+    sending = start(Resting(memories={"pc.ram": noise(1, 6 << 20)}), multifd=3)
+    for channel in sending.channels:
+        receive(channel, 30)
+    time.sleep(0.2)  # until the others are blocked; without it this would be the test above
+    sending.channels[1].close()
+    sending.error(TransportError)
+
+
 @CHANNELS
 def test_destination_that_stops_reading_has_a_deadline(start: Start, channels: int) -> None:
     sending = start(multifd=channels, idle=0.3)

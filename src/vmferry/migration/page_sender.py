@@ -157,6 +157,9 @@ class PageSender:
                     self._send(channel, job, compressor, buffer)
             except Exception as error:  # noqa: BLE001 - raised by the next call of the owner
                 self._failure = self._failure or error  # the others follow from the first
+                # One that is blocked would have the owner wait for what it was given.
+                for other in self._channels:
+                    other.shutdown()
             finally:
                 self._jobs.task_done()
         self._jobs.task_done()
