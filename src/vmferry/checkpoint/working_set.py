@@ -1,6 +1,6 @@
 """The working set of a saved machine: which pages it asked for first when it was resumed.
 
-It stands beside the manifest, in ``working-set.npz``, and is no part of the machine: it may be
+It stands beside the manifest, in ``working-set.bin``, and is no part of the machine: it may be
 missing, old or wrong, and only costs time then.  Replaced as a whole, so that restores that run at
 the same time leave that of one of them.
 
@@ -11,9 +11,9 @@ trust, and leaves the set with the last of it.
 
 from __future__ import annotations
 
-import io
 import os
-import zipfile
+import secrets
+import struct
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,19 +23,23 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from vmferry.errors import CheckpointDamaged
+
 from .files import open_inside
 
-NAME: Final = "working-set.npz"
+NAME: Final = "working-set.bin"
 
 _MAX: Final = 1 << 20
 """Pages in a set, 4 GiB of small ones."""
 
-_MAX_BYTES: Final = 64 << 20
+_MAGIC: Final = b"vmferry working set 1\n".ljust(24, b"\0")
+_HEAD: Final = struct.Struct("<24sIIII")
+"""Magic, entries behind the head, and the three numbers of the last restores; little-endian."""
+
 _SAMPLE: Final = 16
 _TRUST: Final = 2
 
 _ENTRY: Final = np.dtype([("block", "<u2"), ("page", "<u4"), ("trust", "u1")])
-_LAST: Final = np.dtype([("restores", "<u4"), ("asked", "<u4"), ("pushed", "<u4")])
 
 Entries = npt.NDArray[np.void]
 
@@ -90,33 +94,36 @@ def read(directory: Path, pages: Sequence[int]) -> WorkingSet:
     empty = WorkingSet(np.zeros(0, _ENTRY))
     try:
         descriptor = open_inside(directory, NAME)
+    except (OSError, CheckpointDamaged):
+        return empty
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(_HEAD.size + _MAX * _ENTRY.itemsize + 1)
     except OSError:
         return empty
-    with os.fdopen(descriptor, "rb") as file, suppress(OSError, ValueError, KeyError, EOFError):
-        if os.fstat(descriptor).st_size > _MAX_BYTES:
-            return empty
-        with suppress(zipfile.BadZipFile):
-            loaded = np.load(io.BytesIO(file.read()), allow_pickle=False)
-            entries, last = loaded["entries"], loaded["last"]
-            if entries.dtype != _ENTRY or entries.ndim != 1 or len(entries) > _MAX:
-                return empty
-            if last.dtype != _LAST or last.shape != ():
-                return empty
-            known = entries["block"] < len(pages)
-            most = np.asarray([*pages, 0])[np.where(known, entries["block"], len(pages))]
-            return WorkingSet(entries[entries["page"] < most], *map(int, last.item()))
-    return empty
+    if len(data) < _HEAD.size:
+        return empty
+    magic, count, restores, asked, pushed = _HEAD.unpack_from(data)
+    if magic != _MAGIC or len(data) != _HEAD.size + count * _ENTRY.itemsize or count > _MAX:
+        return empty
+    entries = np.frombuffer(data, _ENTRY, count, _HEAD.size)
+    known = entries["block"] < len(pages)
+    most = np.asarray([*pages, 0])[np.where(known, entries["block"], len(pages))]
+    return WorkingSet(entries[entries["page"] < most], restores, asked, pushed)
 
 
 def write(directory: Path, new: WorkingSet) -> None:
     """Keep *new* in place of what is there; does nothing where the directory cannot be written."""
-    content = io.BytesIO()
-    last = np.array((new.restores, new.asked, new.pushed), _LAST)
-    np.savez(content, entries=new.entries, last=last)
-    partial = directory / f"{NAME}.{os.getpid()}.partial"
+    numbers = (new.restores, new.asked, new.pushed)
+    head = _HEAD.pack(_MAGIC, len(new.entries), *(min(n, 0xFFFFFFFF) for n in numbers))
+    # Restores may end at the same time, in one process too, and the name must lead nowhere else.
+    partial = directory / f"{NAME}.{secrets.token_hex(8)}.partial"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with suppress(OSError):
+        descriptor = os.open(partial, flags, 0o600)
         try:
-            partial.write_bytes(content.getvalue())
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(head + new.entries.tobytes())
             partial.replace(directory / NAME)
         finally:
             partial.unlink(missing_ok=True)

@@ -107,8 +107,11 @@ def test_requests_for_what_is_not_there_are_refused(
 
 def test_flood_of_requests_is_bounded() -> None:
     left = Left([block("ram", [True] * (1 << 17))])
-    with pytest.raises(StreamError, match="waited for"):
+    with pytest.raises(StreamError, match="at most 65536 pages"):
         left.ask("ram", 0, 1 << 29)
+    left.ask("ram", 0, 1 << 28)
+    with pytest.raises(StreamError, match="waited for"):
+        left.ask("ram", 1 << 28, PAGE)
 
 
 def read(parts: Sequence[bytes | memoryview], blocks: Sequence[RamBlock]) -> dict[int, bytes]:

@@ -122,6 +122,8 @@ class Left:
                 f"{length:#x} bytes from {start:#x}",
                 block=block.ram.name,
             )
+        if length // block.unit > _MAX_URGENT:
+            raise StreamError(f"a request for at most {_MAX_URGENT} pages", str(length))
         units = range(start // block.unit, (start + length) // block.unit)
         asked = [(number, unit) for unit in units if not block.sent[unit]]
         if len(self._urgent) + len(asked) > _MAX_URGENT:
