@@ -233,7 +233,8 @@ def test_command_starts_qemu(lab: Lab) -> None:
     qemu = ["qemu-system-x86_64", *PC.arguments(directory), "-display", "none"]
     qemu += ["-chardev", f"file,id=s,path={serial}", "-serial", "chardev:s"]
     after = source.serial.drain()
-    with command("restore", checkpoint.path, "--json", "--", *qemu) as process:
+    slow = ("--bandwidth", "100kB/s")  # so that it lacks memory when it is told to end
+    with command("restore", checkpoint.path, "--json", *slow, "--", *qemu) as process:
         wait_until(lambda: serial.exists() and b"C " in serial.read_bytes())
         os.kill(process.pid, signal.SIGTERM)
         process.communicate(timeout=60)

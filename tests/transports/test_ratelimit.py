@@ -107,6 +107,20 @@ def test_no_change_of_rate_leaves_a_debt_behind(
     assert 0.94 <= clock.time - start <= 2.0  # the slowest rate of all owes a second for its byte
 
 
+@given(RATES)
+@settings(max_examples=30, deadline=None)
+def test_who_waits_elsewhere_keeps_the_rate_too(rate: float) -> None:
+    clock = FakeClock()
+    limit = RateLimit(rate, clock=clock)
+    portion = max(int(rate / 100), 1)
+    sent, start = 0, clock.time
+    while clock.time < start + 2:
+        clock.time += limit.due()
+        limit.spend(portion)
+        sent += portion
+    assert sent - portion <= 1.05 * rate * (clock.time - start) + portion
+
+
 def test_no_rate_is_no_limit() -> None:
     clock = FakeClock()
     limit = RateLimit(clock=clock)

@@ -24,6 +24,9 @@ from .signals import Work
 _START: Final = 30.0
 """Seconds that QEMU may take to start."""
 
+_END: Final = 10.0
+"""Seconds that QEMU may take to end."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -81,7 +84,7 @@ def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> Restored |
                 progress=report.progress,
                 verify=wanted.verify,
                 learn=wanted.learn,
-                paused=lambda error: report.happened("paused", f"{error}", message=str(error)),
+                paused=lambda error: _tell_paused(report, error, process),
             )
             control.begun(_Dependable(work, report, process))
             outcome = work.run()
@@ -102,7 +105,7 @@ class _Dependable:
 
     def cancel(self) -> None:
         if self._process is not None:
-            self._process.terminate()
+            _end(self._process)
         elif self._work.is_needed:
             message = (
                 "a machine runs that does not have all of its memory: this ends when it has, or at"
@@ -111,6 +114,26 @@ class _Dependable:
             self._report.happened("needed", message, message=message)
             return
         self._work.cancel()
+
+
+def _tell_paused(
+    report: Reporter[Any], error: Exception, process: subprocess.Popen[bytes] | None
+) -> None:
+    if process is None or process.poll() is None:
+        report.happened("paused", f"{error}", message=str(error))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask QEMU to end, and make it where it does not.
+
+    It is to be served meanwhile: while one of its processors waits for a page it does not end.
+    """
+    process.terminate()
+    try:
+        process.wait(_END)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextmanager
@@ -130,8 +153,7 @@ def _started(wanted: Wanted) -> Iterator[tuple[subprocess.Popen[bytes], Wanted]]
             yield process, replace(wanted, uri=uri, qmp=monitor)
         finally:
             if process.poll() is None:
-                process.terminate()
-            process.wait()
+                _end(process)
 
 
 @contextmanager

@@ -97,6 +97,18 @@ class RateLimit:
                     return portion
                 self._clock.wait(self._changed, self._free_at - now)
 
+    def due(self) -> float:
+        """Seconds until the next portion may be sent; 0 where it may now."""
+        with self._changed:
+            return 0.0 if self._rate is None else max(self._free_at - self._clock.now(), 0.0)
+
+    def spend(self, nbytes: int) -> None:
+        """Note that *nbytes* are sent at once, for those who wait for :meth:`due` elsewhere."""
+        with self._changed:
+            if self._rate is not None:
+                since = max(self._free_at, self._clock.now() - _CATCH_UP)
+                self._free_at = since + nbytes / self._rate
+
     def shutdown(self) -> None:
         """Make every :meth:`take`, now and later, raise :class:`ChannelClosed`."""
         with self._changed:

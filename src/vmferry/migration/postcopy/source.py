@@ -66,6 +66,9 @@ from .records import ROOM, Records
 _LOADED: Final = 3
 """The ping inside the package: its answer says that all devices are loaded."""
 
+_LOOK: Final = 0.1
+"""Seconds between two looks at a limit that may have been changed."""
+
 _KEEP: Final = 64 << 10
 """Bytes of the background that may wait in the socket in front of an urgent page."""
 
@@ -298,12 +301,18 @@ class LazySource:
     def _turn(self, *, sending: bool) -> bool:
         """Do what is to be done next; whether there is more."""
         patience = self._options.idle if sending else self._options.answer
-        readable, writable = self._main.turn(patience, sending=sending)
+        # The limit is for the background: nobody who asks waits for it.
+        due = self.limit.due() if sending else 0.0
+        if due:
+            patience = min(due, _LOOK)
+        readable, writable = self._main.turn(patience, sending=sending and not due)
         if readable:
             self._receive()
             self._answer()
         elif writable:
             return self._send_next()
+        elif due:
+            pass
         else:
             raise PeerSilent(
                 f"waited {format_duration(patience or 0)} for the destination to "
@@ -323,7 +332,7 @@ class LazySource:
         run = soon or self._left.next(self._most)
         if run is None:
             return False
-        self.limit.take(run.count * run.block.unit)
+        self.limit.spend(run.count * run.block.unit)
         self._send_run(run, self._main, self._records, asked=soon is not None)
         return True
 
