@@ -445,6 +445,8 @@ class Destination:
     # Commands, and answers
 
     def _command(self, command: Command) -> None:
+        # However many have been read already, they do not keep a migration from ending.
+        self._connections.check()
         match command:
             case OpenReturnPath():
                 self._open_return_path()
