@@ -13,6 +13,9 @@ from vmferry.errors import UsageError
 from vmferry.migration.capabilities import NOT_SUPPORTED, Capability, checked, to_qmp
 from vmferry.qemu import QemuProcess, QmpError
 
+PARTICULAR = (Capability.COMPRESS, Capability.POSTCOPY_RAM, Capability.POSTCOPY_PREEMPT)
+"""Those that cannot be on with any others, or without."""
+
 NOTHING: frozenset[Capability] = frozenset()
 
 
@@ -40,7 +43,8 @@ def test_one_call_or_two_are_the_same(
     first: dict[Capability, bool], second: dict[Capability, bool]
 ) -> None:
     for changes in (first, second):
-        changes.pop(Capability.COMPRESS, None)
+        for name in PARTICULAR:
+            changes.pop(name, None)
     then = checked(checked(NOTHING, first, incoming=True), second, incoming=True)
     assert then == checked(NOTHING, first | second, incoming=True)
 
@@ -53,6 +57,16 @@ def test_compress_is_for_destinations() -> None:
     # Left on by a machine that came here, and wants to go on from here.
     with pytest.raises(UsageError, match="by a destination only"):
         checked(frozenset({Capability.COMPRESS}), {"xbzrle": True}, incoming=False)
+
+
+def test_postcopy_is_for_machines_that_wait() -> None:
+    on = {"postcopy-ram": True}
+    assert checked(NOTHING, on, incoming=True) == {Capability.POSTCOPY_RAM}
+    assert "waits for its state" in refusal(on, incoming=False)
+    assert refusal({"postcopy-preempt": True}).startswith("postcopy-preempt needs postcopy-ram")
+    assert "cannot be on with x-ignore-shared" in refusal(on | {"x-ignore-shared": True})
+    both = on | {"postcopy-preempt": True, "compress": True}
+    assert "cannot be on with compress" in refusal(both)
 
 
 def test_combinations_are_judged_whole() -> None:

@@ -41,7 +41,20 @@ def reachable(table: Table, start: Status) -> set[Status]:
 @TABLES
 def test_tables_are_closed_and_leave_nothing_unreached(table: Table) -> None:
     assert reachable(table, Status.NONE) == table.keys()
-    assert not POSTCOPY & table.keys()
+    assert POSTCOPY & table.keys() == (POSTCOPY if table is DESTINATION else set())
+
+
+def test_postcopy_is_paused_and_goes_on_as_often_as_may_be() -> None:
+    active, paused, recover = (
+        Status.POSTCOPY_ACTIVE,
+        Status.POSTCOPY_PAUSED,
+        Status.POSTCOPY_RECOVER,
+    )
+    assert paused in DESTINATION[active]
+    assert DESTINATION[paused] == {recover, Status.FAILED}
+    assert DESTINATION[recover] == {active, paused, Status.FAILED}
+    # What came before the machine ran is not come back to.
+    assert not reachable(DESTINATION, active) & {Status.SETUP, Status.ACTIVE}
 
 
 @TABLES

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.errors import UsageError, VmferryError, printable
+from vmferry.images.holes import punch
 from vmferry.units import format_size
 
 from .holes import PAGE_SIZE, REGION, next_populated, populated
@@ -98,6 +99,11 @@ class MemoryBlock:
         It is zero, and stays without memory only as long as nobody reads it.
         """
         return populated(self.fd, self.address, 0, self.pages).view(np.uint8)
+
+    def discard(self, start: int, length: int) -> None:
+        """Give up *length* bytes from *start* on: they have no memory, and are zero."""
+        with _refusal(self.name, length):
+            punch(self.fd, start, length)
 
     def map_again(self) -> int:
         """One more mapping of the block; its address.  See :meth:`GuestMemory.map_for_vcpus`."""

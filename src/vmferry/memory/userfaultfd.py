@@ -12,7 +12,6 @@ its user id until it executes a program (``PR_SET_DUMPABLE``).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -28,12 +27,12 @@ from vmferry.pages import count_pages
 
 from .bits import Bitmap, Flags, gathered, runs, set_bits
 from .blocks import GuestMemory, MemoryBlock
+from .faults import USER_MODE_ONLY, userfaultfd
 from .holes import PAGE_SIZE, REGION, populated, units_populated
 from .pagemap import Pagemap
 
 # linux/userfaultfd.h
 _UFFD_API: Final = 0xAA
-_UFFD_USER_MODE_ONLY: Final = 1
 _FEATURES: Final = (1 << 12) | (1 << 13) | (1 << 15)
 """``WP_HUGETLBFS_SHMEM``, ``WP_UNPOPULATED``, ``WP_ASYNC``."""
 _MODE_WP: Final = 2
@@ -41,7 +40,6 @@ _PROTECT: Final = 1
 _API: Final = 0xC018AA3F
 _REGISTER: Final = 0xC020AA00
 _WRITEPROTECT: Final = 0xC018AA06
-_SYSTEM_CALL: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 
 _WINDOW: Final = 1 << 30
 """Bytes looked at in one go: what the arrays for it have to hold."""
@@ -167,11 +165,7 @@ class UserfaultfdLog:
 
 
 def _open() -> int:
-    number = _SYSTEM_CALL.get(os.uname().machine, -1)
-    libc = ctypes.CDLL(None, use_errno=True)
-    descriptor: int = libc.syscall(number, _UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    if descriptor < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    descriptor = userfaultfd(USER_MODE_ONLY)
     try:
         fcntl.ioctl(descriptor, _API, bytearray(struct.pack("3Q", _UFFD_API, _FEATURES, 0)))
     except BaseException:

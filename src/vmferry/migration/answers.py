@@ -8,6 +8,7 @@ failure, or nothing, keeps it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -29,6 +30,7 @@ class Answers:
         self._idle = idle
         self._main: Channel | None = None
         self._is_open = False
+        self._through: Callable[[Message], None] | None = None
         self._sending = threading.Lock()
         self._has_verdict = False
         self._refusing = threading.Lock()
@@ -47,13 +49,20 @@ class Answers:
             )
         self._is_open = True
 
+    def go_through(self, say: Callable[[Message], None] | None) -> None:
+        """Have *say* send the messages from now on, as somebody else writes to the channel."""
+        self._through = say
+
     def say(self, message: Message) -> None:
         """Send *message* if the source listens and has no verdict yet."""
         with self._sending:
             if self._main is None or not self._is_open or self._has_verdict:
                 return
             self._has_verdict = isinstance(message, Shut)
-            self._main.send([message.encode()], self._idle)
+            if self._through is not None:
+                self._through(message)
+            else:
+                self._main.send([message.encode()], self._idle)
 
     def confirm(self) -> None:
         """Tell the source that the machine is no longer its own."""

@@ -28,6 +28,8 @@ class Capability(StrEnum):
     """Destination: accept compressed pages of a QEMU older than 9.1."""
     EVENTS = "events"
     """Each: emit MIGRATION and MIGRATION_PASS."""
+    POSTCOPY_RAM = "postcopy-ram"
+    """Destination: let the source switch to postcopy."""
     RETURN_PATH = "return-path"
     """Source: ask for the destination's word that it has loaded everything."""
     PAUSE_BEFORE_SWITCHOVER = "pause-before-switchover"
@@ -40,12 +42,13 @@ class Capability(StrEnum):
     """Both: do not send RAM blocks that both sides have mapped from the same file."""
     VALIDATE_UUID = "validate-uuid"
     """Source: send the machine's UUID, which the destination compares with its own."""
+    POSTCOPY_PREEMPT = "postcopy-preempt"
+    """Destination: wait for a channel of its own for the pages that are asked for."""
 
 
 NOT_SUPPORTED: Final = (
     "rdma-pin-all",
     "zero-blocks",
-    "postcopy-ram",
     "x-colo",
     "release-ram",
     "block",
@@ -53,7 +56,6 @@ NOT_SUPPORTED: Final = (
     "postcopy-blocktime",
     "background-snapshot",
     "zero-copy-send",
-    "postcopy-preempt",
 )
 """The other capabilities of QEMU 7.2.  They can be turned off, as whoever sets all of them does."""
 
@@ -91,6 +93,7 @@ def _check(name: str, state: object) -> None:
 
 
 def _check_set(wanted: Set[Capability], *, incoming: bool) -> None:
+    _check_postcopy(wanted, incoming=incoming)
     if Capability.COMPRESS not in wanted:
         return
     if Capability.MULTIFD in wanted:
@@ -103,3 +106,19 @@ def _check_set(wanted: Set[Capability], *, incoming: bool) -> None:
             "compress is accepted by a destination only; to send compressed pages turn multifd on "
             "and set the parameter multifd-compression"
         )
+
+
+def _check_postcopy(wanted: Set[Capability], *, incoming: bool) -> None:
+    if Capability.POSTCOPY_RAM not in wanted:
+        if Capability.POSTCOPY_PREEMPT in wanted:
+            raise UsageError("postcopy-preempt needs postcopy-ram: turn that on as well")
+        return
+    if not incoming:
+        raise UsageError(
+            "postcopy-ram is had by a machine that waits for its state alone: a machine that runs"
+            " cannot be sent by postcopy (yet)"
+        )
+    if Capability.IGNORE_SHARED in wanted:
+        raise UsageError("postcopy-ram cannot be on with x-ignore-shared: turn one of them off")
+    if Capability.POSTCOPY_PREEMPT in wanted and Capability.COMPRESS in wanted:
+        raise UsageError("postcopy-preempt cannot be on with compress: turn one of them off")

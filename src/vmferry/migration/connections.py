@@ -67,7 +67,9 @@ class Connections:
 
     A connection that is none of a source is dropped, and *dropped* is told why, as long as no main
     channel has come; also later where it is older, as the main channel is the first one that a
-    source opens.  Without *dropped* the first connection decides, as with a QEMU.
+    source opens.  Without *dropped* the first connection decides, as with a QEMU.  *one_by_one*:
+    none is let in while it is not known what the one before is, for one that says nothing may be
+    the preempt channel, which is not this side's to read.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class Connections:
         received: Callable[[int], None],
         dropped: Callable[[Exception], None] | None = None,
         place: Place | None = None,
+        one_by_one: bool = False,
     ) -> None:
+        self._one_by_one = one_by_one
         self._listener = listener
         self._deadlines = deadlines
         self._store = store
@@ -131,7 +135,8 @@ class Connections:
             self.check()
             if self._main is not None:
                 return self._main
-            if len(self._channels) < _MOST and (all_known or self._listener.pending()):
+            more = all_known or (not self._one_by_one and self._listener.pending())
+            if len(self._channels) < _MOST and more:
                 self._accept(self._deadlines.first if self._pages else left)
                 if patience is not None:
                     left = max(began + patience - time.monotonic(), 0.0)
@@ -146,8 +151,21 @@ class Connections:
         """The source may switch to postcopy: one connection may be its preempt channel."""
         self._may_preempt = True
 
+    def accept_preempt(self, *, wait: bool) -> Channel | None:
+        """The preempt channel, the connection behind the main one; where *wait*, it has to come."""
+        if not wait and not self._listener.pending():
+            return None
+        channel = self._listener.accept(self._deadlines.first)
+        if channel is not None:
+            self._channels.append(channel)
+        return channel
+
     def synchronise(self) -> None:
         """The main channel is at a synchronisation: wait until every channel has caught up."""
+        if self._one_by_one and self._may_preempt:
+            if self.multifd:
+                raise PeerError("the source has postcopy-ram on with multifd: turn that off there")
+            return
         # All channels have connected before the source writes its first synchronisation.
         while self._listener.pending():
             if self._barrier.released > 1:

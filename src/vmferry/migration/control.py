@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from queue import SimpleQueue
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from vmferry.errors import UsageError, VmferryError
+from vmferry.errors import PeerError, UsageError, VmferryError
 from vmferry.images import activate_all, inactivate_all
 from vmferry.ownership.engine import Ownership
 from vmferry.transports import Listener, connect, listen
@@ -30,6 +30,7 @@ from .live import LiveSource
 from .machine import LiveMachine
 from .machine_sink import MachineSink
 from .parameters import Parameters
+from .postcopy.destination import PostcopyDestination, check_host
 from .progress import Meter, Progress
 from .statistics import Statistics, query_incoming
 from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack, Table
@@ -37,6 +38,18 @@ from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack, T
 Notify: TypeAlias = Callable[[str, dict[str, Any]], None]
 """Told the name and the data of each QMP event, by any thread.  It may call a :class:`Control`, and
 has to be quick."""
+
+
+_PHASES: Final = {
+    str(status): status
+    for status in (
+        Status.ACTIVE,
+        Status.POSTCOPY_ACTIVE,
+        Status.POSTCOPY_PAUSED,
+        Status.POSTCOPY_RECOVER,
+    )
+}
+"""The phases of a destination that are statuses."""
 
 
 class RunState(StrEnum):
@@ -95,7 +108,10 @@ class Control:
         with self._lock:
             if self._track.current in UNDER_WAY:
                 raise UsageError("capabilities cannot be changed while a migration is under way")
-            self.capabilities = caps.checked(self.capabilities, changes, incoming=self._awaited)
+            wanted = caps.checked(self.capabilities, changes, incoming=self._awaited)
+            if Capability.POSTCOPY_RAM in wanted - self.capabilities:
+                check_host(kernel=self._kernel_faults)
+            self.capabilities = wanted
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:
         """``migrate-set-parameters``; they count at once, also while a migration is under way."""
@@ -210,10 +226,11 @@ class Control:
             now = self.parameters
             listener = listen(uri)
             sink = MachineSink(self.machine)
+            meter = Meter(self._note)
             destination = Destination(
                 listener,
                 sink,
-                meter=Meter(self._note),
+                meter=meter,
                 deadlines=Deadlines(
                     now.listen_deadline or None,
                     now.hello_deadline or None,
@@ -226,12 +243,47 @@ class Control:
                 dropped=self._dropped,
                 loader=sink,
                 ownership=self._ownership,
+                postcopy=self._postcopy(sink, meter),
             )
             track = self._new_track(DESTINATION)
             self._destination, self._awaited = destination, True
             self._address = listener.address
             self._begin(track, lambda: self._run_destination(listener, destination))
             return listener.address
+
+    def _postcopy(self, sink: MachineSink, meter: Meter) -> PostcopyDestination | None:
+        if Capability.POSTCOPY_RAM not in self.capabilities:
+            return None
+        now = self.parameters
+        return PostcopyDestination(
+            self.machine.memory,
+            kernel=self._kernel_faults,
+            preempt=Capability.POSTCOPY_PREEMPT in self.capabilities,
+            idle=now.idle_deadline or None,
+            first=now.hello_deadline or None,
+            mark=sink.mark,
+            phase=meter.phase,
+            lost=self._lost,
+        )
+
+    @property
+    def _kernel_faults(self) -> bool:
+        """Whether the kernel touches guest memory: for virtual CPUs of KVM, and for disks."""
+        vcpus = any(len(block.addresses) > 1 for block in self.machine.memory.blocks)
+        return vcpus or bool(self.machine.images)
+
+    def recover(self, uri: str) -> str:
+        """``migrate-recover``: wait at *uri* for the source of memory that is still missing.
+
+        The address for the source.  Without the lock: whoever has that may wait for such memory.
+        """
+        destination = self._destination
+        if destination is None or self._track.current != Status.POSTCOPY_PAUSED:
+            raise UsageError(f"the migration is {self._track.current}, not postcopy-paused")
+        listener = listen(uri)
+        self._address = listener.address
+        destination.recover(listener)
+        return listener.address
 
     def cancel(self) -> None:
         """``migrate_cancel``: give up an outgoing migration, unless it is too late."""
@@ -361,6 +413,15 @@ class Control:
     def _dropped(self, error: Exception) -> None:
         self._tell(Warned(f"a connection over which no machine came was dropped: {error}"))
 
+    def _lost(self, reason: str) -> None:
+        self._error = PeerError(reason)
+        self._tell(
+            Warned(
+                f"the source is lost: {reason}; whoever needs memory that has not come waits for"
+                " it: have this side listen (migrate-recover) and the source resume"
+            )
+        )
+
     def _claim(self, sink: MachineSink) -> None:
         """Take the disks, unless the machine is to stand still and that is to wait as well."""
         if sink.runs or Capability.LATE_BLOCK_ACTIVATE not in self.capabilities:
@@ -384,8 +445,11 @@ class Control:
     def _note(self, progress: Progress) -> None:
         """Take note of how far it is; guest memory makes a destination active."""
         self._progress = progress
-        if self._destination is not None and progress.phase == "active":
-            self._track.move_if(Status.SETUP, Status.ACTIVE)
+        if self._destination is not None:
+            now = self._track.current
+            following = _PHASES.get(progress.phase, now)
+            if following is not now and following in DESTINATION[now]:
+                self._track.move_if(now, following)
         self._tell(progress)
 
     def _status_changed(self, status: Status) -> None:

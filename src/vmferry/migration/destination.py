@@ -6,6 +6,7 @@ migration succeeded only after the sink has committed; until then the machine is
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -28,6 +29,7 @@ from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
 from vmferry.wire import foreign
 from vmferry.wire.bitmap import BitmapRecord
+from vmferry.wire.buffer import ReceiveBuffer
 from vmferry.wire.commands import (
     Command,
     EnableColo,
@@ -35,6 +37,7 @@ from vmferry.wire.commands import (
     Package,
     Ping,
     PostcopyAdvise,
+    PostcopyListen,
     PostcopyResume,
     RamDiscard,
     ReceivedBitmap,
@@ -50,11 +53,12 @@ from vmferry.wire.ram import RamBlock, RamBlocks, RamEnd, RamFlush, RamPages
 from vmferry.wire.reader import StreamReader, Tolerate
 from vmferry.wire.return_path import Message, Pong, SwitchoverAck
 from vmferry.wire.sections import Header, SectionEnd, SectionPart, SectionStart
-from vmferry.wire.split import DecodedDevices
+from vmferry.wire.split import DecodedDevices, split_by_decoding
 
 from .answers import Answers
 from .claims import PageClaims
 from .connections import Connections, Deadlines
+from .postcopy.destination import PostcopyDestination, package_parts
 from .progress import Meter
 from .runs import Runs
 from .sink import Loader, Sink
@@ -82,7 +86,8 @@ class Destination:
     none of a
     source, see :class:`~.connections.Connections`.  *loader* knows the machine's devices and takes
     them; without one the stream's own description tells them apart, and the sink keeps them.
-    *ownership* is the record of who owns the machine, if it has one: then it decides.
+    *ownership* is the record of who owns the machine, if it has one: then it decides.  *postcopy*
+    gets the memory of a machine whose source switches to postcopy.
     """
 
     def __init__(
@@ -102,8 +107,11 @@ class Destination:
         dropped: Callable[[Exception], None] | None = None,
         loader: Loader | None = None,
         ownership: Ownership | None = None,
+        postcopy: PostcopyDestination | None = None,
     ) -> None:
         self._ownership = ownership
+        self._postcopy = postcopy
+        self._package: Package | None = None
         self._token: list[int] | None = None
         self._sink = sink
         self._claim = claim or (lambda: None)
@@ -128,6 +136,7 @@ class Destination:
             self._moved,
             dropped,
             None if loader is None else partial(self._in_place, loader),
+            one_by_one=postcopy is not None,
         )
         self._switchover_ack = switchover_ack
         self._claims = PageClaims()
@@ -157,8 +166,19 @@ class Destination:
         """
         self._cancelled = True
         self._connections.cancel()
+        if self._postcopy is not None:
+            self._postcopy.cancel()
         if self._takeover is not None:
             self._takeover.decide(take=False)
+
+    def recover(self, listener: Listener) -> None:
+        """Let the source of memory that is still missing come back at *listener*, from any thread.
+
+        The listener belongs to this from now on.
+        """
+        if self._postcopy is None:
+            raise UsageError("there is no postcopy to recover")
+        self._postcopy.recover(listener)
 
     def decide(self, *, take: bool) -> None:
         """An operator's word in the phase ``in-doubt``, from any thread: take it, or drop it."""
@@ -182,11 +202,12 @@ class Destination:
     def _run(self) -> None:
         try:
             self._receive()
+            if self._package is not None and self._postcopy is not None:
+                return self._run_early(self._package, self._postcopy)
             self._connections.settle()
             self._check_heard()
             self._meter.phase("storing")
-            self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
-            reach("loaded")
+            self._commit()
             if self._announced is not None or self._ownership is not None:
                 self._take_over(self._announced or [])
             else:
@@ -203,8 +224,89 @@ class Destination:
                 raise first from None
             raise
         finally:
+            if self._postcopy is not None:
+                self._postcopy.close()  # before the channels, on which it has the last word
             self._answers.close()
             self._connections.close()
+
+    def _commit(self) -> None:
+        self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
+        reach("loaded")
+
+    def _run_early(self, package: Package, postcopy: PostcopyDestination) -> None:
+        """The machine runs before its memory is here (QEMU 7.2 ``loadvm_postcopy_handle_run``)."""
+        self._check_heard()
+        try:
+            pings = self._load_package(package, postcopy)
+            if self._announced is None and self._ownership is None:
+                self._claim()
+                postcopy.keep()
+                self._pong(pings)
+            else:
+                self._pong(pings)
+                postcopy.keep()
+                self._await_go(postcopy)
+        except BaseException:
+            # Nobody writes to the source but this side again.
+            postcopy.give_up()
+            self._answers.go_through(None)
+            raise
+        reach("images-active")
+        self._taken()
+        reach("running")
+        postcopy.follow()
+        self._answers.confirm()
+        reach("shut-said")
+
+    def _load_package(self, package: Package, postcopy: PostcopyDestination) -> list[int]:
+        """Have the missing memory fetched, and load the devices meanwhile; the pings to answer."""
+        reader = self._reader
+        start = reader.continuation()
+        pings, devices = package_parts(package)
+        urgent = self._connections.accept_preempt(wait=postcopy.preempt)
+        self._connections.settle()
+        self._answers.go_through(postcopy.say)
+        postcopy.listen(start, self._main, bytes(reader.buffer.view()), urgent)
+        if self._loader is not None:
+            footers = bool(reader.footers)
+            offset = package.offset + len(PostcopyListen().encode())
+            self._loader.devices(
+                split_by_decoding(devices, self._loader.decode, footers=footers, offset=offset)
+            )
+        self._commit()
+        return pings
+
+    def _pong(self, pings: list[int]) -> None:
+        for value in pings:
+            self._answers.say(Pong(value))
+
+    def _await_go(self, postcopy: PostcopyDestination) -> None:
+        """As :meth:`_take_over`, of a machine whose memory is still at its source."""
+        numbers = self._announced or []
+        if len(numbers) < NUMBERS:
+            raise PeerError("the source announced itself, and did not say who it is")
+        ownership = self._check_owned()
+        self._say_ready()
+        try:
+            if ownership is None:
+                postcopy.await_go(None)
+                reach("go-heard")
+                return self._claim()
+            postcopy.await_go(ownership.try_take)
+            reach("go-heard")
+            self._claim_owned(ownership)
+        except BaseException:
+            if ownership is not None:
+                self._let_go()
+                ownership.decline()
+            raise
+
+    def _say_ready(self) -> None:
+        self._meter.phase("ready")
+        with suppress(TransportError):  # it may have arrived nonetheless
+            for number in (READY, *Identity.own().numbers()):
+                self._answers.say(Pong(number))
+        reach("ready-said")
 
     def _check_heard(self) -> None:
         """A source that did not hear an answer does not hear of success, and keeps its machine."""
@@ -242,20 +344,18 @@ class Destination:
         # Either this sees that it was cancelled, or whoever cancels sees the takeover.
         self._check_cancelled()
         ownership = self._check_owned()
-        self._meter.phase("ready")
-        with suppress(TransportError):  # it may have arrived nonetheless
-            for number in (READY, *Identity.own().numbers()):
-                self._answers.say(Pong(number))
-        reach("ready-said")
+        self._say_ready()
         patience = self._deadlines.idle
         if ownership is None:
             return takeover.wait(patience, lambda: self._meter.phase("in-doubt"))
         takeover.wait_for(ownership.try_take, patience, lambda: self._meter.phase("in-doubt"))
+        return self._claim_owned(ownership)
+
+    def _claim_owned(self, ownership: Ownership) -> None:
         # Between the two: nobody else may have the images now, and the machine does not run yet.
         self._claim()
         if not ownership.start():
             raise PeerError("the machine is another engine's by now")
-        return None
 
     def _check_owned(self) -> Ownership | None:
         """Both sides heed the same record, or none."""
@@ -278,7 +378,8 @@ class Destination:
     def _receive(self) -> None:
         reader = self._reader
         channel, head = self._connections.accept_main()
-        main = self._main = ReadAhead(channel)
+        # Where the pager may have to go on with it, nobody else may be reading.
+        main = self._main = channel if self._postcopy is not None else ReadAhead(channel)
         self._answers.attach(main)
         self._meter.start()
         reader.buffer.room()[: len(head)] = head
@@ -288,6 +389,8 @@ class Destination:
             # Either this sees a failure, or whoever failed sees the channel and ends it.
             self._connections.check()
             self._take_events()
+            if self._package is not None:
+                return None
             if reader.finished:
                 return self._check_end(main)
             self._moved(self._more(main))
@@ -299,19 +402,22 @@ class Destination:
                 self._has_machine = True
                 configuration = event if isinstance(event, Configuration) else None
                 self._sink.configuration(configuration, reader.page_size)
+            if isinstance(event, Package) and self._postcopy is not None:
+                self._package = event
+                return  # what follows is for the pager
             try:
                 self._handle(event)
             except StreamError as error:
                 raise error.within(channel=reader.channel, offset=reader.buffer.offset) from None
 
-    def _more(self, main: ReadAhead) -> int:
+    def _more(self, main: Channel) -> int:
         """Wait for more of the stream; how many bytes came."""
         suspicion = self._reader.suspicion
         buffer = self._reader.buffer
         if suspicion is None:
-            return main.receive(buffer, self._deadlines.idle)
+            return _received(main, buffer, self._deadlines.idle)
         try:
-            return main.receive(buffer, _SILENCE)
+            return _received(main, buffer, _SILENCE)
         except ChannelClosed:
             raise
         except TransportError:
@@ -458,6 +564,9 @@ class Destination:
             case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps
                 self._features.add("postcopy-ram")
                 self._connections.allow_preempt()
+                self._advise(command)
+            case RamDiscard() if self._postcopy is not None:
+                self._postcopy.discard(command)
             case EnableColo():
                 raise PeerError("the source wants COLO fault tolerance: turn x-colo off")
             case _ if isinstance(command, _POSTCOPY):
@@ -465,6 +574,19 @@ class Destination:
                     "the source has switched to postcopy, which cannot be received into a"
                     " checkpoint: let it finish in precopy (no migrate-start-postcopy)"
                 )
+
+    def _advise(self, command: PostcopyAdvise) -> None:
+        """The source may switch to postcopy: refuse now what could not be refused then."""
+        if self._loader is None:
+            return
+        if self._postcopy is None:
+            raise PeerError(
+                "the source may switch to postcopy: turn postcopy-ram on here too, or off there"
+            )
+        if not self._reader.return_path:
+            raise PeerError("the source announced postcopy and has opened no return path")
+        os.close(self._main.duplicate())
+        self._postcopy.advise(command)
 
     def _answer(self, message: Message) -> None:
         """Say *message*; of a source that has ended, what it sent before may still be all."""
@@ -507,3 +629,12 @@ class Destination:
             features.add("multifd")
         features.update(f"multifd-compression={m.name.lower()}" for m in methods - {Method.NONE})
         return frozenset(features)
+
+
+def _received(main: Channel, buffer: ReceiveBuffer, timeout: float | None) -> int:
+    """Have *buffer* receive more; how many bytes."""
+    if isinstance(main, ReadAhead):
+        return main.receive(buffer, timeout)
+    count = main.recv_into(buffer.room(), timeout)
+    buffer.received(count)
+    return count

@@ -12,6 +12,7 @@ from vmferry.memory import PAGE_SIZE, REGION, MemoryBlock
 from vmferry.pages import KINDS, PAGE, Rows, apply_records
 from vmferry.pages.placing import place_rows
 
+from .postcopy.missing import EARLY
 from .runs import Runs
 
 _DENSE: Final = 64
@@ -27,14 +28,17 @@ class IncomingBlock:
     """One RAM block that pages are put into, by several threads at once.
 
     Taking memory is most of the work.  Where many pages of a region come that have none yet, the
-    kernel is asked for a huge page instead of small ones.
+    kernel is asked for a huge page instead of small ones.  *received* gets a mark for each page
+    that has come.
     """
 
-    def __init__(self, block: MemoryBlock) -> None:
+    def __init__(self, block: MemoryBlock, received: npt.NDArray[np.uint8] | None = None) -> None:
         self._block = block
+        self._received = received
         self._known = block.populated()
-        # What does not fill a region stays as it is.
-        self._tried = np.zeros(block.size // REGION, np.bool_)
+        # What does not fill a region stays as it is; and where pages are to be missed one by one,
+        # there are no huge ones.
+        self._tried = np.full(block.size // REGION, received is not None)
         self._locks = [threading.Lock() for _ in range(16)]
 
     def place(self, rows: Rows, data: memoryview) -> None:
@@ -42,6 +46,8 @@ class IncomingBlock:
         words = rows["word"]
         self._take_memory(words[words & np.uint64(KINDS) == PAGE] // np.uint64(PAGE_SIZE))
         place_rows(self._place, rows, data, PAGE_SIZE)
+        if self._received is not None:
+            self._received[(words // np.uint64(PAGE_SIZE)).astype(np.intp)] = EARLY
 
     def _place(self, rows: Rows, first: int, data: memoryview) -> int:
         block = self._block

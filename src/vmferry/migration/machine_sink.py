@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from vmferry.errors import StreamError, printable
 from vmferry.memory import PAGE_SIZE
@@ -41,11 +45,16 @@ class MachineSink:
         self._blocks: dict[str, IncomingBlock] = {}
         self._handlers: dict[int, Handler] = {}
         self._ignores_shared = False
+        self._received: Mapping[str, npt.NDArray[np.uint8]] = {}
         self._configuration: tuple[Configuration | None, int] = None, 0
 
     def configuration(self, configuration: Configuration | None, page_size: int) -> None:
         """Take note of which machine it is; another one is refused when its source listens."""
         self._configuration = configuration, page_size
+
+    def mark(self, received: Mapping[str, npt.NDArray[np.uint8]]) -> None:
+        """Mark the pages that come, in an array for each block."""
+        self._received = received
 
     def _check_configuration(self) -> None:
         configuration, page_size = self._configuration
@@ -77,7 +86,7 @@ class MachineSink:
         if missing := wanted.keys() - found.keys():
             raise StreamError(f"RAM block {printable(min(missing))} as well", "no such block")
         self._blocks = {
-            name: IncomingBlock(block)
+            name: IncomingBlock(block, self._received.get(name))
             for name, block in wanted.items()
             if not (block.shared and self._ignores_shared)
         }

@@ -52,9 +52,9 @@ _SETUP: Final = frozenset({Status.SETUP})
 _DONE: Final = frozenset({Status.COMPLETED, Status.SENT})
 _BREAKS_OFF: Final = frozenset({Status.FAILED, Status.CANCELLING})
 
-# The postcopy statuses have no rows and stand in none: they are known by name, a QEMU may be asked
-# for its status, but nothing here gets into one, and a row that nothing takes would only let a
-# mistake pass.  ``colo`` and ``wait-unplug`` are not ours at all.
+# A source gets into no postcopy status: they are known by name, as a QEMU may be asked for its
+# status, and a row that nothing takes would only let a mistake pass.  ``colo`` and ``wait-unplug``
+# are not ours at all.
 #
 # One row is not QEMU's: pre-switchover to failed.  A QEMU that waits there does not see that its
 # peer has gone before it is told to go on, and keeps the machine stopped as long.
@@ -76,11 +76,19 @@ SOURCE: Final[Table] = {
 DESTINATION: Final[Table] = {
     Status.NONE: _SETUP,
     Status.SETUP: frozenset({Status.ACTIVE, Status.FAILED}),
-    Status.ACTIVE: frozenset({Status.COMPLETED, Status.FAILED}),
+    Status.ACTIVE: frozenset({Status.POSTCOPY_ACTIVE, Status.COMPLETED, Status.FAILED}),
+    Status.POSTCOPY_ACTIVE: frozenset({Status.POSTCOPY_PAUSED, Status.COMPLETED, Status.FAILED}),
+    Status.POSTCOPY_PAUSED: frozenset({Status.POSTCOPY_RECOVER, Status.FAILED}),
+    Status.POSTCOPY_RECOVER: frozenset(
+        {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED}
+    ),
     Status.COMPLETED: frozenset(),
     Status.FAILED: frozenset(),
 }
-"""A destination: ``setup`` while it listens, ``active`` from the first connection on."""
+"""A destination: ``setup`` while it listens, ``active`` from the first connection on.
+
+``postcopy-active`` from when it misses pages on, ``postcopy-paused`` while their source is lost,
+and ``postcopy-recover`` from when that is back until it goes on."""
 
 ENDS: Final = frozenset({Status.COMPLETED, Status.SENT, Status.FAILED, Status.CANCELLED})
 """Where a migration is over."""

@@ -54,6 +54,9 @@ def machine_commands(
         "migrate-incoming": Command(
             lambda arguments: _incoming(control, arguments), required={"uri": str}
         ),
+        "migrate-recover": Command(
+            lambda arguments: _recover(control, arguments), required={"uri": str}, at_once=True
+        ),
         "migrate-continue": Command(
             lambda arguments: control.proceed(arguments["state"]), required={"state": str}
         ),
@@ -94,6 +97,10 @@ def _states(entries: list[object]) -> dict[str, bool]:
 
 def _incoming(control: Control, arguments: Object) -> None:
     control.incoming(arguments["uri"])
+
+
+def _recover(control: Control, arguments: Object) -> None:
+    control.recover(arguments["uri"])
 
 
 def _migrate(control: Control, arguments: Object) -> None:

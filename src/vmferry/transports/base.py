@@ -127,6 +127,16 @@ class Channel(_Closing):
         """About how many bytes wait on this side to go out; 0 where nobody knows."""
         return 0
 
+    def duplicate(self) -> int:
+        """A descriptor of the connection for another process, to be closed by the caller.
+
+        Raises :class:`UsageError` where there is none.
+        """
+        raise UsageError(
+            f"{printable(self.name)}: expected a connection that another process can go on with:"
+            " tcp:, unix:, or fd: with a socket"
+        )
+
     @abstractmethod
     def shutdown(self) -> None:
         """Abort, from any thread: blocked and later calls raise :class:`ChannelClosed` promptly.

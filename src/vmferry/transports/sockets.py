@@ -188,6 +188,11 @@ class SocketChannel(SharedResource, Channel):
             answer = fcntl.ioctl(self._socket, termios.TIOCOUTQ, struct.pack("i", 0))
             return int(struct.unpack("i", answer)[0])
 
+    def duplicate(self) -> int:
+        """See :meth:`Channel.duplicate`."""
+        with self.in_use():
+            return os.dup(self._socket.fileno())
+
     def _limit(self, option: int, timeout: float | None) -> None:
         # Left to the kernel: a poll before each read would cost as much as a read of 50 KB.
         if timeout != self._limits.get(option):

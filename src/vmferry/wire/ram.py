@@ -144,6 +144,15 @@ class RamReader:
     _name: bytes = b""
     _rows: Rows = field(default_factory=lambda: np.zeros(BATCH, ROW))
 
+    @property
+    def current(self) -> str | None:
+        """The block of the latest page."""
+        return None if self._current is None else self._current.name
+
+    def go_on_in(self, block: str) -> None:
+        """Let a page that names no block be one of *block*."""
+        self._current, self._name = self.blocks[block], encode_name(block)
+
     def body(self, at: Cursor) -> Parse[None]:
         """Read one body up to and with its end record; yields the events above."""
         while True:

@@ -39,6 +39,7 @@ from .disk import DiskReader
 from .framed import FrameReader, begins_frame
 from .layout import BITMAP_SECTION, DISK_SECTION, IGNORE_SHARED, MAPPED_RAM, RAM_SECTION, Kind
 from .machine import target_page_size
+from .postcopy import Continuation
 from .ram import RamReader
 from .sections import (
     EndOfStream,
@@ -139,6 +140,28 @@ class StreamReader(ChannelReader[Event]):
         if self._ram is not None:
             return self._ram.page_size
         return self._page_size or target_page_size(self.configuration)
+
+    def continuation(self) -> Continuation:
+        """What a reader of the rest has to know, behind the package of a postcopy migration.
+
+        Raises :class:`StreamError` where an iterable section but `ram` is not at its end.
+        """
+        ram = self._ram
+        section = None
+        for number, one in self._sections.items():
+            if one.head.name == RAM_SECTION:
+                section = number
+            elif not one.ended:
+                raise StreamError(
+                    "the end of every section but ram before the package",
+                    "none",
+                    section=one.head.name,
+                )
+        if ram is None or section is None or not ram.blocks:
+            raise StreamError("guest memory before the package", "none")
+        return Continuation(
+            tuple(ram.blocks.values()), ram.page_size, section, bool(self.footers), ram.current
+        )
 
     @property
     def suspicion(self) -> StreamError | None:

@@ -1,0 +1,361 @@
+"""The destination of a postcopy migration: the machine runs here, and its memory follows.
+
+QEMU 7.2 ``migration/savevm.c`` and ``migration/postcopy-ram.c``.  Here is what the process of the
+machine does of it; :mod:`.pager` has what must not depend on that process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from queue import Empty, SimpleQueue
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from vmferry.errors import (
+    ChannelClosed,
+    PeerError,
+    TransportError,
+    UsageError,
+    VmferryError,
+    printable,
+)
+from vmferry.memory import PAGE_SIZE, GuestMemory
+from vmferry.memory.faults import missing, open_faults, register
+from vmferry.migration.takeover import ABORT, GO, GRANTED
+from vmferry.transports import Channel, Listener
+from vmferry.wire.commands import (
+    Package,
+    Ping,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyRun,
+    RamDiscard,
+)
+from vmferry.wire.postcopy import Continuation
+from vmferry.wire.return_path import Message, Pong
+
+from .missing import MISSING, Marks
+from .pager_process import PagerProcess
+
+_ASK: Final = 0.1
+"""Seconds between two looks at the record of who owns the machine."""
+
+Event: TypeAlias = dict[str, Any]
+
+
+def check_host(*, kernel: bool) -> None:
+    """Raise :class:`UsageError` where this host has no postcopy for a machine.
+
+    *kernel*: the kernel itself touches guest memory, for virtual CPUs or for disks.
+    """
+    if (lack := missing(kernel=kernel)) is not None:
+        raise UsageError(f"postcopy-ram is not possible here: {lack}")
+
+
+class PostcopyDestination:
+    """Gets a machine with *memory*, if its source switches to postcopy.
+
+    *kernel* as for :func:`check_host`; with *preempt* there is a channel of its own for urgent
+    pages.  *idle* is how many seconds the source may be silent while a page is waited for, *first*
+    how many the preempt channel may take to come.  *mark* gets the arrays in which the pages that
+    come in precopy are to be marked, *phase* hears of ``postcopy-active``,
+    ``postcopy-paused`` and ``postcopy-recover``, *lost* of why it is paused.
+
+    :meth:`recover` and :meth:`cancel` are for any thread, all else for that of the migration.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        *,
+        kernel: bool,
+        preempt: bool,
+        idle: float | None,
+        first: float | None,
+        mark: Callable[[Mapping[str, Marks]], None],
+        phase: Callable[[str], None],
+        lost: Callable[[str], None],
+    ) -> None:
+        self._memory = memory
+        self._kernel = kernel
+        self.preempt = preempt
+        self._idle = idle
+        self._first = first
+        self._mark = mark
+        self._phase = phase
+        self._lost = lost
+        self._cleanup = ExitStack()
+        self._marks = os.memfd_create("marks", os.MFD_CLOEXEC)
+        self._cleanup.callback(os.close, self._marks)
+        self._received: dict[str, Marks] = {}
+        self._first_pages: dict[str, int] = {}
+        self._faults = -1
+        self._is_done = False
+        self._start: Continuation | None = None
+        self._channels: list[Channel] = []
+        self._listener: Listener | None = None
+        self._events: SimpleQueue[Event | Listener | None] = SimpleQueue()
+        self._pager: PagerProcess | None = self._new_pager()
+
+    def _new_pager(self) -> PagerProcess:
+        return PagerProcess(self._events.put)
+
+    # Before the machine runs
+
+    def advise(self, command: PostcopyAdvise) -> None:
+        """The source may switch later: forget all memory, so that what is missing can be seen.
+
+        Raises :class:`PeerError` where its pages are not those of this host.
+        """
+        found = command.page_sizes, command.target_page
+        if found != (PAGE_SIZE, PAGE_SIZE):
+            raise PeerError(
+                f"postcopy needs memory in pages of {PAGE_SIZE} bytes on both sides, and the source"
+                f" has pages of {' and '.join(map(str, found))}"
+            )
+        total = 0
+        for block in self._memory.blocks:
+            self._first_pages[block.name] = total // PAGE_SIZE
+            total += block.size
+            block.discard(0, block.size)
+            # Of a huge page no part can be missing.
+            for address in block.addresses:
+                block.use_huge_pages(address, on=False)
+        os.ftruncate(self._marks, total // PAGE_SIZE)
+        marks = np.frombuffer(mmap.mmap(self._marks, total // PAGE_SIZE), np.uint8)
+        for block in self._memory.blocks:
+            first = self._first_pages[block.name]
+            self._received[block.name] = marks[first : first + block.pages]
+        self._mark(self._received)
+
+    def discard(self, command: RamDiscard) -> None:
+        """Forget what the machine has written since it was sent."""
+        block = self._memory[command.block]
+        for start, length in command.ranges:
+            block.discard(start, length)
+            first = start // PAGE_SIZE
+            self._received[block.name][first : first + length // PAGE_SIZE] = MISSING
+
+    def listen(
+        self, start: Continuation, main: Channel, head: bytes, urgent: Channel | None
+    ) -> None:
+        """Have the pager fetch what is missing, from now on.
+
+        *head* was read from *main* already.  Raises :class:`VmferryError` where the host has not
+        let go of memory that was to be forgotten.
+        """
+        pager = self._pager
+        if pager is None or not self._received:
+            raise PeerError("the source has not announced postcopy")
+        self._start = start
+        self._check_forgotten()
+        faults = open_faults(kernel=self._kernel)
+        try:
+            for block in self._memory.blocks:
+                for address in block.addresses:
+                    register(faults, address, block.size)
+            pager.memory(self._layout(), faults, self._marks)
+        finally:
+            os.close(faults)
+        self._channels = [main] if urgent is None else [main, urgent]
+        pager.stream(start, main, head, idle=self._idle)
+        if urgent is not None:
+            pager.urgent(urgent)
+        self._phase("postcopy-active")
+
+    def _check_forgotten(self) -> None:
+        for block in self._memory.blocks:
+            kept = (block.populated() != 0) & (self._received[block.name] == MISSING)
+            if kept.any():
+                at = int(kept.argmax()) * PAGE_SIZE
+                raise VmferryError(
+                    f"block {printable(block.name)}: the host keeps memory at {at:#x} that was"
+                    " given up: are huge pages forced on shared memory (shmem_enabled)?"
+                )
+
+    def _layout(self) -> list[object]:
+        return [
+            (block.name, block.size, self._first_pages[block.name], block.addresses)
+            for block in self._memory.blocks
+        ]
+
+    def say(self, message: Message) -> None:
+        """Have the pager send *message*: it alone writes to the source now."""
+        if self._pager is not None:
+            self._pager.say(message.encode())
+
+    def keep(self) -> None:
+        """From now on nothing is given up: where the source is lost, it is waited for.
+
+        Raises :class:`PeerError` where it was lost before.
+        """
+        if self._pager is not None:
+            self._pager.keep()
+        while self._faults < 0:
+            self._step(None)
+
+    def await_go(self, taken: Callable[[], bool] | None) -> None:
+        """Wait until the machine is this side's: by the source's word, or where *taken* says so.
+
+        A source that resumes a migration that was paused has given the machine away.
+        """
+        while taken is None or not taken():
+            match self._step(None if taken is None else _ASK):
+                case {"event": "word", "value": value} if value == GO and taken is None:
+                    return
+                case {"event": "resumed"} if taken is None:
+                    return
+                case {"event": "word", "value": value} if value == ABORT:
+                    raise PeerError("the source has taken its machine back")
+                case {"event": "done"} if taken is None:
+                    raise PeerError("the source has ended without giving its machine away")
+
+    # While it runs
+
+    def follow(self) -> None:
+        """Wait until everything has come, however often the source is lost and comes back."""
+        while not self._is_done:
+            self._step(None)
+        self._end_faults()
+
+    def _step(self, timeout: float | None) -> Event | None:
+        """Deal with the next thing that happens; the pager's message, or ``None``.
+
+        Waits at most *timeout* seconds.
+        """
+        try:
+            found = self._events.get(timeout=timeout)
+        except Empty:
+            return None
+        match found:
+            case None:
+                raise ChannelClosed("the migration was cancelled on this side")
+            case Listener():
+                self._take_up(found)
+                return None
+            case _:
+                self._hear(found)
+                return found
+
+    def _hear(self, event: Event) -> None:
+        match event:
+            case {"event": "word", "value": value} if value not in {GO, GRANTED, ABORT}:
+                self.say(Pong(value))
+            case {"event": "kept", "descriptor": descriptor} if self._faults < 0:
+                self._faults = descriptor
+            case {"event": "kept", "descriptor": descriptor}:
+                os.close(descriptor)
+            case {"event": "done"}:
+                self._is_done = True
+            case {"event": "resumed"}:
+                self._phase("postcopy-active")
+            case {"event": "paused", "reason": reason}:
+                self._pause(reason)
+            case {"event": "failed", "reason": reason}:
+                raise PeerError(f"the source is lost before the machine ran: {reason}")
+            case {"event": "gone", "reason": reason}:
+                self._pager = None
+                if self._faults < 0:
+                    raise PeerError(f"{reason} before the machine ran")
+                self._pause(reason)
+
+    def _pause(self, reason: str) -> None:
+        self._drop_channels()
+        self._phase("postcopy-paused")
+        self._lost(reason)
+
+    def _drop_channels(self) -> None:
+        for channel in self._channels:
+            channel.close()
+        self._channels = []
+
+    def recover(self, listener: Listener) -> None:
+        """Let the source come back at *listener*, which belongs to this side from now on."""
+        before, self._listener = self._listener, listener
+        if before is not None:
+            before.shutdown()
+        self._events.put(listener)
+
+    def _take_up(self, listener: Listener) -> None:
+        """Wait for the source, and hand its connection over."""
+        with listener:
+            try:
+                channel = listener.accept()
+            except ChannelClosed:
+                return  # it is waited for elsewhere now
+            except TransportError as error:
+                self._lost(str(error))
+                return
+            if channel is None or self._start is None:
+                return
+            self._drop_channels()
+            self._channels = [channel]
+            pager = self._revived()
+            self._phase("postcopy-recover")
+            pager.stream(self._start, channel, idle=self._idle, recovery=True)
+            if not self.preempt:
+                return
+            with suppress(TransportError):
+                urgent = listener.accept(self._first)
+                if urgent is not None:
+                    self._channels.append(urgent)
+                    pager.urgent(urgent)
+
+    def _revived(self) -> PagerProcess:
+        """The pager, or another one in the place of one that has died."""
+        if self._pager is None:
+            self._pager = self._new_pager()
+            self._pager.memory(self._layout(), self._faults, self._marks)
+            self._pager.keep()
+        return self._pager
+
+    # The end
+
+    def cancel(self) -> None:
+        """Have whatever waits raise :class:`ChannelClosed`."""
+        self._events.put(None)
+        if self._listener is not None:
+            self._listener.shutdown()
+
+    def give_up(self) -> None:
+        """Let nobody wait for a page any more: what is missing is zero, and the machine is lost."""
+        if self._pager is not None:
+            self._pager.kill()
+        self._end_faults()
+
+    def _end_faults(self) -> None:
+        """All memory is as any other."""
+        if self._faults >= 0:
+            os.close(self._faults)
+            self._faults = -1
+        for block in self._memory.blocks:
+            for address in block.addresses:
+                block.use_huge_pages(address, on=True)
+
+    def close(self) -> None:
+        """End the pager, when it has sent what was said; and all connections."""
+        if self._pager is not None:
+            self._pager.close()
+        self._drop_channels()
+        self._cleanup.close()
+
+
+def package_parts(package: Package) -> tuple[list[int], memoryview]:
+    """The values of the pings in a package, and the device sections; *offset* as the package's."""
+    content = memoryview(package.content)
+    listen, run = len(PostcopyListen().encode()), len(PostcopyRun().encode())
+    start, end = listen, len(content) - run
+    pings = []
+    size = len(Ping(0).encode())
+    head = Ping(0).encode()[:-4]
+    while content[start : start + len(head)] == head and start + size <= end:
+        pings.append(int.from_bytes(content[start + len(head) : start + size]))
+        start += size
+    while end - size >= start and content[end - size : end - 4] == head:
+        pings.append(int.from_bytes(content[end - 4 : end]))
+        end -= size
+    return pings, content[start:end]

@@ -1,0 +1,129 @@
+"""The pager's process, as the process of the machine sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from vmferry.transports import Channel
+from vmferry.wire.postcopy import Continuation
+
+from .pager import MESSAGE, describe
+
+_MODULE: Final = "vmferry.migration.postcopy.pager"
+
+_END: Final = 10.0
+"""Seconds that the process may take to say the last word and end."""
+
+
+class PagerProcess:
+    """Starts a pager.  *hear* is told each of its messages, by a thread of its own.
+
+    The last one is ``{"event": "gone", "reason": ...}``, when the process has ended.
+    """
+
+    def __init__(self, hear: Callable[[dict[str, Any]], None]) -> None:
+        self._hear = hear
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            # In a session of its own: ctrl-C is for the machine's process.
+            self._process: subprocess.Popen[bytes] = subprocess.Popen(
+                [sys.executable, "-m", _MODULE],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._thread = threading.Thread(target=self._listen, name="pager", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def memory(self, blocks: Sequence[object], faults: int, marks: int) -> None:
+        """The memory, as in :class:`~.missing.MappedBlock`, and the descriptors that go with it."""
+        self._tell("memory", blocks=blocks, descriptors=[faults, marks])
+
+    def stream(
+        self,
+        start: Continuation,
+        main: Channel,
+        head: bytes = b"",
+        *,
+        idle: float | None,
+        recovery: bool = False,
+    ) -> None:
+        """A connection to the source, of which *head* was read already."""
+        told: dict[str, Any] = {"start": describe(start), "recovery": recovery, "idle": idle}
+        with _Descriptor(main.duplicate()) as link, _Descriptor(os.memfd_create("head")) as file:
+            os.write(file, head)
+            self._tell("stream", **told, descriptors=[link, file])
+
+    def urgent(self, channel: Channel) -> None:
+        """The preempt channel that belongs to the stream."""
+        with _Descriptor(channel.duplicate()) as link:
+            self._tell("urgent", descriptors=[link])
+
+    def keep(self) -> None:
+        """Give nothing up from now on; answered by ``kept``."""
+        self._tell("keep")
+
+    def say(self, data: bytes) -> None:
+        """Send *data* to the source."""
+        self._tell("say", data=data.hex())
+
+    def close(self) -> None:
+        """Let it end, when it has sent what was said."""
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_WR)
+        try:
+            self._process.wait(_END)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._thread.join()
+        self._control.close()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+    def _tell(self, do: str, *, descriptors: Sequence[int] = (), **more: Any) -> None:
+        with suppress(OSError):  # it is gone: what is heard last says so
+            socket.send_fds(self._control, [json.dumps({"do": do} | more).encode()], descriptors)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 1)
+            except OSError:
+                data, descriptors = b"", []
+            if not data:
+                break
+            message = json.loads(data)
+            if descriptors:
+                message["descriptor"] = descriptors[0]
+            self._hear(message)
+        status = self._process.wait()
+        self._hear({"event": "gone", "reason": f"the pager has ended with status {status}"})
+
+
+class _Descriptor:
+    """A descriptor, closed at the end of the block."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def __enter__(self) -> int:
+        return self._number
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._number)
