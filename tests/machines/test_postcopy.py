@@ -11,7 +11,7 @@ import pytest
 
 import vmferry
 from tests.machines.hosted import KINDS, MIB, Hosted, Start
-from tests.transports.support import PROMPT, background
+from tests.transports.support import PROMPT, background, wait_until
 from vmferry.checkpoint.restore import Restore, Restored
 from vmferry.memory import faults
 from vmferry.migration.control import Control
@@ -100,3 +100,69 @@ def test_guest_runs_at_once_and_is_whole(
     there.is_whole()
     assert there.statuses == ["setup", "active", "postcopy-active", "completed"]
     assert there.warnings == []
+
+
+@pytest.mark.parametrize("preempt", [False, True], ids=["one-channel", "preempt"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_source_is_lost_and_comes_back(
+    saved: Callable[[str], vmferry.Checkpoint],
+    waiting: Callable[..., Waiting],
+    tmp_path: Path,
+    kind: str,
+    preempt: bool,
+) -> None:
+    checkpoint = saved(kind)
+    there = waiting(kind, *(["postcopy-preempt"] if preempt else []))
+    uri = there.control.incoming(f"unix:{tmp_path}/there")
+    for number in range(4):
+        begun = Begun(checkpoint, uri, preempt=preempt, bandwidth=float(4 * MIB), resume=number > 0)
+        wait_until(lambda: there.control.status is Status.POSTCOPY_ACTIVE, LONG)
+        begun.cut_after_pages(100)
+        wait_until(lambda: there.control.status is Status.POSTCOPY_PAUSED, LONG)
+        assert "connection" in there.control.query()["error-desc"]
+        uri = there.control.recover(f"unix:{tmp_path}/again-{number}")
+    restore(checkpoint, uri, preempt=preempt, resume=True)
+    there.is_whole()
+    cycle = ["postcopy-active", "postcopy-paused", "postcopy-recover"]
+    assert there.statuses == ["setup", "active", *cycle * 4, "postcopy-active", "completed"]
+    assert len(there.warnings) == 4
+
+
+class Begun:
+    """A restore at work, which can be broken off."""
+
+    def __init__(self, checkpoint: vmferry.Checkpoint, uri: str, **options: object) -> None:
+        self.pages = 0
+        lazy = LazyOptions(**options)  # type: ignore[arg-type]
+        self._restore = Restore(checkpoint, uri, options=lazy, learn=False, progress=self._note)
+        self._done = background(self._restore.run)
+
+    def _note(self, progress: vmferry.Progress) -> None:
+        self.pages = progress.normal_pages
+
+    def cut_after_pages(self, pages: int) -> None:
+        wait_until(lambda: self.pages >= pages or self._done.done(), LONG)
+        self._restore.cancel()
+        assert self._done.exception(LONG) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_machine_that_lacks_memory_can_be_ended(
+    saved: Callable[[str], vmferry.Checkpoint],
+    waiting: Callable[..., Waiting],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    checkpoint = saved(kind)
+    there = waiting(kind)
+    begun = Begun(
+        checkpoint,
+        there.control.incoming(f"unix:{tmp_path}/there"),
+        bandwidth=float(MIB),
+    )
+    wait_until(lambda: there.control.status is Status.POSTCOPY_ACTIVE, LONG)
+    begun.cut_after_pages(1)
+    wait_until(lambda: there.control.status is Status.POSTCOPY_PAUSED, LONG)
+    there.control.close()
+    assert there.control.status is Status.FAILED
+    assert not there.guest.machine.running

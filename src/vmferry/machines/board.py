@@ -135,12 +135,13 @@ class HostedMachine:
         """See :class:`~.devices.disk.Ram`."""
         block = self.memory[RAM]
         low = min(block.size, HOLE_START)
-        if address + length <= low:
-            return block.view[address : address + length]
-        start = address - HOLE_END + low
-        if address >= HOLE_END and start + length <= block.size:
-            return block.view[start : start + length]
-        return None
+        start = address
+        if address + length > low:
+            start = address - HOLE_END + low
+            if address < HOLE_END or start + length > block.size:
+                return None
+        block.fetch(start, length)
+        return block.view[start : start + length]
 
     def _rest(self, index: int) -> None:
         self._runner.rest(index)

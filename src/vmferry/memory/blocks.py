@@ -24,8 +24,9 @@ from .mapping import Mapping
 _MAX_NAME: Final = 255
 """Bytes of a name: its length is one byte on the wire (QEMU 7.2 ``migration/ram.c``)."""
 
+_POPULATE_READ: Final = 22
 _POPULATE_WRITE: Final = 23
-"""``MADV_POPULATE_WRITE``, Linux 5.14."""
+"""``MADV_POPULATE_READ`` and ``_WRITE``, Linux 5.14."""
 
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -60,6 +61,8 @@ class MemoryBlock:
         self.address: Final = mapping.address
         self._mappings = {self.address: mapping}
         self._image: tuple[Mapping, memoryview] | None = None
+        self.has_missing = False
+        """Whether pages are still on their way, and whoever touches one waits for it."""
         self.use_huge_pages(self.address, on=True)
 
     def preallocate(self) -> None:
@@ -99,6 +102,20 @@ class MemoryBlock:
         It is zero, and stays without memory only as long as nobody reads it.
         """
         return populated(self.fd, self.address, 0, self.pages).view(np.uint8)
+
+    def fetch(self, start: int, length: int) -> None:
+        """Wait for what is missing of *length* bytes from *start* on, as :attr:`has_missing` says.
+
+        For whoever is about to touch memory in Python: that keeps the interpreter lock, and so all
+        of the process, until the page has come.  This does not.
+        """
+        if not self.has_missing or not length:
+            return
+        first, last = start // PAGE_SIZE, -(-(start + length) // PAGE_SIZE)
+        # Where the kernel has no such call, or may not wait itself, the one who touches it does.
+        with contextlib.suppress(OSError):
+            size = (last - first) * PAGE_SIZE
+            self._mappings[self.address].advise(_POPULATE_READ, first * PAGE_SIZE, size)
 
     def discard(self, start: int, length: int) -> None:
         """Give up *length* bytes from *start* on: they have no memory, and are zero."""

@@ -52,11 +52,11 @@ class Mapping:
         self._fd = fd
         self._size = size
 
-    def advise(self, advice: int) -> None:
-        """``madvise(2)`` for all of it, as long as it is there."""
+    def advise(self, advice: int, start: int = 0, size: int | None = None) -> None:
+        """``madvise(2)`` for all of it, or *size* bytes from *start* on, as long as it is there."""
         if self._reserved.closed:
             return
-        if _libc.madvise(self.address, self._size, advice):
+        if _libc.madvise(self.address + start, self._size if size is None else size, advice):
             raise _error()
 
     def collapse(self, region: int) -> None:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from queue import SimpleQueue
 from typing import Any, Final, TypeAlias
 
-from vmferry.errors import PeerError, UsageError, VmferryError
+from vmferry.errors import ChannelClosed, PeerError, UsageError, VmferryError
 from vmferry.images import activate_all, inactivate_all
 from vmferry.ownership.engine import Ownership
 from vmferry.transports import Listener, connect, listen
@@ -50,6 +50,10 @@ _PHASES: Final = {
     )
 }
 """The phases of a destination that are statuses."""
+
+
+_STOPS: Final = 0.5
+"""Seconds after which a machine is said to wait for memory, when it is to stop."""
 
 
 class RunState(StrEnum):
@@ -355,7 +359,9 @@ class Control:
             status, statistics = self._track.current, self._statistics
             if self._destination is not None:
                 listening = status in UNDER_WAY
-                return query_incoming(status, _socket_addresses(self._address) if listening else ())
+                info = query_incoming(status, _socket_addresses(self._address) if listening else ())
+                paused = status is Status.POSTCOPY_PAUSED
+                return info | ({"error-desc": str(self._error)} if paused else {})
             if statistics is None:
                 return {}
             info = statistics.query(
@@ -407,8 +413,21 @@ class Control:
                 destination.run()
         except Exception as failure:  # noqa: BLE001 - told by whoever asks
             error = failure
+        if isinstance(error, ChannelClosed) and destination.runs_early:
+            self._abandon(destination)
         with self._lock:
             self._end(Status.COMPLETED if error is None else Status.FAILED, error)
+
+    def _abandon(self, destination: Destination) -> None:
+        """End a machine that lacks memory: it must not act on zeros that come in its place."""
+        pausing = threading.Thread(target=self.machine.pause, name="pause", daemon=True)
+        pausing.start()
+        pausing.join(_STOPS)
+        # What waits for memory does not stop before it has some; then it finds no disk.
+        with suppress(VmferryError):
+            inactivate_all(self.machine.images)
+        destination.abandon()
+        pausing.join()
 
     def _dropped(self, error: Exception) -> None:
         self._tell(Warned(f"a connection over which no machine came was dropped: {error}"))

@@ -112,6 +112,8 @@ class Destination:
         self._ownership = ownership
         self._postcopy = postcopy
         self._package: Package | None = None
+        self.runs_early = False
+        """Whether the machine runs, and not all of its memory has come."""
         self._token: list[int] | None = None
         self._sink = sink
         self._claim = claim or (lambda: None)
@@ -170,6 +172,11 @@ class Destination:
             self._postcopy.cancel()
         if self._takeover is not None:
             self._takeover.decide(take=False)
+
+    def abandon(self) -> None:
+        """Let nobody wait for memory any more that will not come: the machine is lost."""
+        if self._postcopy is not None:
+            self._postcopy.give_up()
 
     def recover(self, listener: Listener) -> None:
         """Let the source of memory that is still missing come back at *listener*, from any thread.
@@ -254,7 +261,9 @@ class Destination:
         reach("images-active")
         self._taken()
         reach("running")
+        self.runs_early = True
         postcopy.follow()
+        self.runs_early = False
         self._answers.confirm()
         reach("shut-said")
 

@@ -14,6 +14,22 @@ source's::
 :mod:`.handover` has the rules.  Until it has said *go* a source may take its machine back (it says
 *abort* if it can).  A destination that is ready and hears neither is in doubt: it does not run the
 machine and keeps its memory, until the source's process is provably dead or an operator decides.
+In postcopy the same words stand at other places.  The memory that is missing follows the package,
+and may flow before the last word; *go* is a ping in the main channel between two parts of it::
+
+    source                                 destination
+    PING announce, PING identity ...  -->
+    memory, discards, package         -->  loads the devices, asks for pages that they touch
+                                      <--  PONG 3 (the ping in the package): all is loaded
+                                      <--  PONG ready, PONG identity ...
+    PING go                           -->  the machine is the destination's from here on, and runs
+    memory ... end                    -->
+                                      <--  SHUT 0: everything has come
+
+A destination that is cut off between *ready* and *go* does not run the machine: its migration is
+paused.  A source that has said *go*, and that one alone, resumes it, which says so once more.  To a
+source that has not announced itself RUN in the package is the last word, as to a QEMU.
+
 All of it are pings and pongs of QEMU's own format, so that a QEMU at the other end answers, and
 otherwise goes its own way.
 """

@@ -202,6 +202,8 @@ class Host:
     def _check(self) -> Object:
         """What is wrong in the memory of the machine, which has to stand still."""
         machine = self.machine
+        if any(block.has_missing for block in machine.memory.blocks):
+            raise UsageError("the memory of the machine is still on its way: wait for all of it")
         findings = [] if machine.running else check(machine.memory, self._config)
         if machine.running:
             raise UsageError("the machine runs, so that its memory cannot be checked: stop it")

@@ -156,6 +156,7 @@ class PostcopyDestination:
         faults = open_faults(kernel=self._kernel)
         try:
             for block in self._memory.blocks:
+                block.has_missing = True
                 for address in block.addresses:
                     register(faults, address, block.size)
             pager.memory(self._layout(), faults, self._marks)
@@ -333,6 +334,7 @@ class PostcopyDestination:
             os.close(self._faults)
             self._faults = -1
         for block in self._memory.blocks:
+            block.has_missing = False
             for address in block.addresses:
                 block.use_huge_pages(address, on=True)
 

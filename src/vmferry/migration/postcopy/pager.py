@@ -41,7 +41,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from vmferry.errors import PeerError, PeerSilent, VmferryError
+from vmferry.errors import PeerError, PeerSilent, TransportError, TruncatedStream, VmferryError
 from vmferry.memory import PAGE_SIZE
 from vmferry.units import format_duration
 from vmferry.wire.buffer import ChannelReader
@@ -77,6 +77,8 @@ class Link:
             buffer.received(self.sock.recv_into(room, 0, socket.MSG_DONTWAIT))
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise TransportError(f"the connection to the source broke: {error.strerror}") from error
         return True
 
 
@@ -109,8 +111,10 @@ class Pager:
                 return self._leave()
             try:
                 self._turn(ready)
-            except (VmferryError, OSError) as error:
+            except VmferryError as error:
                 self._lose(str(error))
+            except OSError as error:
+                self._lose(f"the host does not take a page: {error.strerror}")
 
     def _patience(self) -> float | None:
         """Milliseconds: the source may be silent where nobody waits for a page."""
@@ -165,9 +169,8 @@ class Pager:
             del self._unsent[: link.sock.send(self._unsent, flags)]
         except BlockingIOError:
             pass
-        except OSError as error:
-            self._lose(str(error))
-            return
+        except OSError:
+            self._unsent.clear()  # reading, which meets what came before, tells why
         if not link.reader.finished:
             wanted = select.POLLIN | (select.POLLOUT if self._unsent else 0)
             self._poll.modify(link.sock, wanted)
@@ -175,14 +178,17 @@ class Pager:
     # The stream
 
     def _take(self, link: Link) -> None:
-        for event in link.reader.events():
-            self._handle(event)
+        try:
+            for event in link.reader.events():
+                self._handle(event)
+        except TruncatedStream:
+            raise _cut_off() from None
         if link.reader.finished:
             self._poll.unregister(link.sock)
             if link is self._main and link.reader.buffer:
                 raise PeerError("expected nothing behind the end of the stream, found more")
         elif link.reader.buffer.ended:
-            raise PeerError("the source closed the connection before it had sent everything")
+            raise _cut_off()
 
     def _handle(self, event: Any) -> None:
         memory = self._memory
@@ -245,8 +251,10 @@ class Pager:
         message = json.loads(data)
         try:
             self._do(message, descriptors)
-        except (VmferryError, OSError) as error:
+        except VmferryError as error:
             self._lose(str(error))
+        except OSError as error:
+            self._lose(f"the host does not take a page: {error.strerror}")
         return True
 
     def _do(self, message: dict[str, Any], descriptors: Sequence[int]) -> None:
@@ -270,7 +278,9 @@ class Pager:
                 self._heard = time.monotonic()
                 with os.fdopen(head, "rb") as file:
                     file.seek(0)
-                    for event in reader.feed(file.read()):
+                    read = file.read()
+                if read:
+                    for event in reader.feed(read):
                         self._handle(event)
             case {"do": "urgent"} if self._start is not None:
                 (urgent,) = descriptors
@@ -294,6 +304,10 @@ class Pager:
         self._main.sock.settimeout(_FAREWELL)
         with contextlib.suppress(OSError):
             self._main.sock.sendall(self._unsent)
+
+
+def _cut_off() -> PeerError:
+    return PeerError("the source closed the connection before it had sent everything")
 
 
 def describe(start: Continuation) -> dict[str, Any]:
