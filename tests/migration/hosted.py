@@ -37,7 +37,13 @@ def main(path: str, role: str) -> None:
                 resume=machine.resume,
                 doubt=lambda why: control.doubted(why),  # noqa: PLW0108  (it comes to be below)
             )
-        control = Control(machine, ownership=ownership)
+        servers: list[QmpServer] = []
+        control = Control(
+            machine,
+            notify=lambda event, data: tell(servers, event, data),
+            ownership=ownership,
+            awaited=role != "source",
+        )
         if role == "source":
             if ownership is not None:
                 ownership.claim()
@@ -48,12 +54,18 @@ def main(path: str, role: str) -> None:
             "x-steps": Command(lambda _: machine.steps, at_once=True),
             "x-check": Command(lambda _: _check(machine)),
         }
-        with QmpServer(path, commands, greeting=GREETING, leave=told_to_end.set):
+        with QmpServer(path, commands, greeting=GREETING, leave=told_to_end.set) as server:
+            servers.append(server)
             told_to_end.wait()
         control.close()
         if ownership is not None:
             machine.pause()
             ownership.close()
+
+
+def tell(servers: list[QmpServer], event: str, data: dict[str, Any]) -> None:
+    for server in servers:
+        server.emit(event, data)
 
 
 def paused(machine: PythonMachine) -> bool:

@@ -1,0 +1,426 @@
+"""A machine whose memory comes later, from sources of every kind; its processor is in Python.
+
+So whoever touches a page that is missing holds the interpreter lock of its process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vmferry
+from tests.migration.hosted import LONG, Hosted
+from tests.migration.postcopy.scripted import SIZE, Scripted
+from tests.migration.python_machine import PythonMachine
+from tests.transports.support import background, wait_until
+from vmferry.errors import TransportError
+from vmferry.memory import faults
+from vmferry.migration.control import Control
+from vmferry.migration.takeover import ABORT, ANNOUNCE, GO, READY
+from vmferry.ownership.identity import Identity
+from vmferry.pages import PAGE, XBZRLE
+from vmferry.wire.buffer import encode_name
+from vmferry.wire.commands import (
+    Package,
+    Ping,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyResume,
+    PostcopyRun,
+    RamDiscard,
+    ReceivedBitmap,
+)
+from vmferry.wire.return_path import HavePages, Pong, ResumeAck, Shut
+from vmferry.wire.sections import SectionPart
+
+HOT = 8
+"""Pages that the machine writes to all the time."""
+
+NO_FAULTS = faults.missing(kernel=False)
+pytestmark = pytest.mark.skipif(NO_FAULTS is not None, reason=str(NO_FAULTS))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[vmferry.Checkpoint]:
+    """The machine, in the middle of its work."""
+    directory = tmp_path_factory.mktemp("saved")
+    uri = f"unix:{directory}/socket"
+    with PythonMachine() as machine:
+        machine.fill().resume()
+        control = Control(machine)
+        wait_until(lambda: machine.steps > 10)
+        receiving = background(lambda: vmferry.receive(uri, directory / "checkpoint"))
+        wait_until(Path(directory / "socket").exists)
+        control.migrate(uri)
+        with receiving.result(LONG) as received:
+            yield received
+        control.close()
+
+
+class Waiting(Hosted):
+    """The process of a machine that lets its memory come later."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path / "qmp", "destination")
+        self.directory = path
+        self.allow("postcopy-ram")
+        self.uri = f"unix:{path}/migration"
+        self._listened = 0
+
+    def allow(self, name: str, *, state: bool = True) -> None:
+        states = [{"capability": name, "state": state}]
+        self.qmp.execute("migrate-set-capabilities", {"capabilities": states})
+
+    def listen(self) -> str:
+        self.qmp.execute("migrate-incoming", {"uri": self.uri})
+        return self.uri
+
+    def recover(self) -> str:
+        self._listened += 1
+        uri = f"{self.uri}-{self._listened}"
+        self.qmp.execute("migrate-recover", {"uri": uri})
+        return uri
+
+    def pager(self) -> int:
+        """The pid of the pager."""
+        threads = Path(f"/proc/{self._process.pid}/task").iterdir()
+        (child,) = (c for thread in threads for c in (thread / "children").read_text().split())
+        return int(child)
+
+    def wait_for_pause(self) -> None:
+        """Wait until it is paused once more."""
+        paused = self.qmp.wait_event("VMFERRY_WARNING", timeout=LONG)
+        assert "source is lost" in paused["data"]["message"]
+        self.wait_for("postcopy-paused")
+
+    def error(self) -> str:
+        return str(self.query().get("error-desc"))
+
+    def is_whole(self) -> None:
+        assert self.wait_for("completed", "failed") == "completed"
+        self.runs_on()
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> Iterator[Waiting]:
+    with Waiting(tmp_path) as waiting:
+        yield waiting
+
+
+@pytest.fixture
+def running(there: Waiting, checkpoint: vmferry.Checkpoint) -> Iterator[Scripted]:
+    """The source of a machine that runs, and has of its memory what it writes to."""
+    with Scripted(checkpoint, there.listen()) as source:
+        source.begin()
+        source.package()
+        source.say(*map(source.page, range(HOT)))
+        source.hear_loaded()
+        wait_until(lambda: there.run_state == "running", LONG)
+        yield source
+
+
+def resume(source: Scripted, uri: str) -> np.ndarray:
+    """Be the source once more; which pages the machine has."""
+    again = Scripted(source.checkpoint, uri)
+    source.channel.close()
+    source.channel, source._reader = again.channel, again._reader
+    source.say(ReceivedBitmap(source.block.name).encode())
+    have = source.hear(lambda message: isinstance(message, HavePages))
+    assert isinstance(have, HavePages)
+    bits = np.unpackbits(np.frombuffer(have.bitmap, np.uint8), bitorder="little")
+    assert len(bits) % 64 == 0
+    assert not bits[source.pages :].any()
+    source.say(PostcopyResume().encode())
+    source.hear(lambda message: isinstance(message, ResumeAck))
+    return bits[: source.pages]
+
+
+def finish(source: Scripted, have: np.ndarray) -> None:
+    missing = np.flatnonzero(have == 0).tolist()
+    source.say(source.part(*map(source.page, missing)), b"\0")
+    source.hear(lambda message: message == Shut(0))
+
+
+def test_thread_that_holds_the_interpreter_lock_gets_its_page(
+    there: Waiting, checkpoint: vmferry.Checkpoint
+) -> None:
+    """The pager asks for it, and puts it there, while no Python runs in the machine's process."""
+    with Scripted(checkpoint, there.listen()) as source:
+        source.begin()
+        source.package()
+        source.hear_loaded()
+        for page in range(HOT):
+            assert source.hear_request() == page
+            source.say(source.page(page))
+        source.say(*(source.page(n) for n in range(HOT, source.pages)))
+        source.end()
+        source.hear(lambda message: message == Shut(0))
+    there.is_whole()
+
+
+def test_pings_are_answered(there: Waiting, running: Scripted) -> None:
+    running.say(running.end_of_part(), Ping(4).encode(), running.part(running.rest()), b"\0")
+    running.hear(lambda message: message == Pong(4))
+    running.hear(lambda message: message == Shut(0))
+    there.is_whole()
+
+
+def test_what_came_before_stays_and_what_was_discarded_comes_again(
+    there: Waiting, checkpoint: vmferry.Checkpoint
+) -> None:
+    stale, early = 10, [11, 12]
+    with Scripted(checkpoint, there.listen()) as source:
+        precopied = source.part(source.page(stale, b"stale" * 819 + b"!"), *map(source.page, early))
+        source.begin(before=precopied)
+        source.package(RamDiscard(source.block.name, ((stale * SIZE, SIZE),)))
+        source.say(*(source.page(n) for n in range(source.pages) if n not in early))
+        source.end()
+        source.hear(lambda message: message == Shut(0))
+    there.is_whole()
+
+
+def test_page_that_comes_twice_stays_as_it_came_first(there: Waiting, running: Scripted) -> None:
+    """The machine may have written to it."""
+    number = HOT + 2
+    running.say(running.page(number), running.page(number, b"\1" * SIZE), running.page(0))
+    running.say(running.rest(but=number))
+    running.end()
+    running.hear(lambda message: message == Shut(0))
+    there.is_whole()
+
+
+def beyond(source: Scripted) -> bytes:
+    word = source.block.length | PAGE
+    return word.to_bytes(8) + encode_name(source.block.name) + bytes(SIZE)
+
+
+def unknown(_source: Scripted) -> bytes:
+    return PAGE.to_bytes(8) + encode_name("unknown") + bytes(SIZE)
+
+
+def delta(source: Scripted) -> bytes:
+    return XBZRLE.to_bytes(8) + encode_name(source.block.name) + b"\1\0\0"
+
+
+def garbage(_source: Scripted | None = None) -> bytes:
+    return b"\xff" * 64
+
+
+def another_section(source: Scripted) -> bytes:
+    return source.end_of_part() + b"\2\0\0\0\7"
+
+
+def package_again(source: Scripted) -> bytes:
+    content = PostcopyListen().encode() + PostcopyRun().encode()
+    return source.end_of_part() + Package(content).encode()
+
+
+def discard_again(source: Scripted) -> bytes:
+    return source.end_of_part() + RamDiscard(source.block.name, ((0, SIZE),)).encode()
+
+
+def half_a_page(source: Scripted) -> bytes:
+    return source.page(HOT + 5)[:100]
+
+
+def nothing(_source: Scripted) -> bytes:
+    return b""
+
+
+BAD = [
+    *(beyond, unknown, delta, garbage, another_section, package_again, discard_again),
+    *(half_a_page, nothing),
+]
+
+
+def test_bad_source_is_left_and_a_good_one_goes_on(there: Waiting, running: Scripted) -> None:
+    came = list(range(HOT))
+    for number, bad in enumerate(BAD):
+        came += [HOT + 20 + number]
+        running.say(running.page(came[-1]), bad(running))
+        if bad in {half_a_page, nothing}:
+            running.channel.end_of_data()
+        there.wait_for("postcopy-paused")
+        assert there.error()
+        assert there.run_state == "running"
+        have = resume(running, there.recover())
+        assert np.flatnonzero(have).tolist() == came
+        running.say(SectionPart(1, "ram").encode())
+    running.say(running.end_of_part())
+    finish(running, have)
+    there.is_whole()
+
+
+def test_page_of_precopy_that_comes_again_is_refused(
+    there: Waiting, checkpoint: vmferry.Checkpoint
+) -> None:
+    """Which of the two is right only the source knows: it should have discarded the first."""
+    with Scripted(checkpoint, there.listen()) as source:
+        source.begin(before=source.part(source.page(20)))
+        source.package()
+        source.say(*map(source.page, range(HOT)))
+        source.hear_loaded()
+        source.say(source.page(20))
+        there.wait_for("postcopy-paused")
+        assert "unless it was discarded" in there.error()
+        finish(source, resume(source, there.recover()))
+    there.is_whole()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [garbage(), PostcopyResume().encode(), ReceivedBitmap("no").encode(), b""],
+    ids=["garbage", "only-resume", "unknown-block", "nothing"],
+)
+def test_recovery_that_fails_can_be_tried_again(
+    there: Waiting, running: Scripted, bad: bytes
+) -> None:
+    running.close()
+    there.wait_for_pause()
+    again = Scripted(running.checkpoint, there.recover())
+    again.say(bad)
+    again.channel.end_of_data()
+    again.close()
+    there.wait_for_pause()
+    # It may be listened for anew before anybody has come, too.
+    there.recover()
+    finish(running, resume(running, there.recover()))
+    there.is_whole()
+
+
+# Before it runs
+
+
+@pytest.mark.parametrize(
+    "advise", [PostcopyAdvise(SIZE | 2 << 20, SIZE), PostcopyAdvise(1 << 16, SIZE)]
+)
+def test_other_pages_are_refused_before_memory_comes(
+    there: Waiting, checkpoint: vmferry.Checkpoint, advise: PostcopyAdvise
+) -> None:
+    with Scripted(checkpoint, there.listen()) as source:
+        source.begin(advise=advise)
+        source.hear(lambda message: message == Shut(1))
+    assert there.wait_for("completed", "failed") == "failed"
+
+
+def test_postcopy_is_refused_from_the_beginning_where_it_is_off(
+    there: Waiting, checkpoint: vmferry.Checkpoint
+) -> None:
+    there.allow("postcopy-ram", state=False)
+    with Scripted(checkpoint, there.listen()) as source:
+        source.begin()
+        source.hear(lambda message: message == Shut(1))
+    assert there.wait_for("completed", "failed") == "failed"
+
+
+@pytest.mark.parametrize(
+    "devices", [b"", b"\4" + b"\xff" * 40, b"\1\2\3"], ids=["none", "broken", "no-device"]
+)
+def test_devices_that_do_not_fit_leave_the_machine_to_its_source(
+    there: Waiting, checkpoint: vmferry.Checkpoint, devices: bytes
+) -> None:
+    with Scripted(checkpoint, there.listen()) as source:
+        source.begin()
+        try:
+            source.package(devices=devices)
+            source.hear(lambda message: message == Shut(1))
+        except TransportError:
+            assert not devices.startswith(b"\4")
+    assert there.wait_for("completed", "failed") == "failed"
+    assert there.run_state == "inmigrate"
+
+
+# Between two engines of this kind
+
+
+@pytest.fixture
+def ready(there: Waiting, checkpoint: vmferry.Checkpoint) -> Iterator[Scripted]:
+    """A source that announced itself; the machine is loaded and waits for its last word."""
+    with Scripted(checkpoint, there.listen()) as source:
+        numbers = (ANNOUNCE, *Identity.own().numbers())
+        source.begin(*map(Ping, numbers))
+        source.package()
+        source.hear_loaded()
+        source.hear(lambda message: message == Pong(READY))
+        assert there.run_state == "inmigrate"
+        yield source
+
+
+def test_machine_waits_for_the_last_word(there: Waiting, ready: Scripted) -> None:
+    ready.say(ready.page(0), ready.end_of_part())
+    assert there.run_state == "inmigrate"
+    ready.say(Ping(GO).encode(), ready.part(ready.rest(but=0)), b"\0")
+    ready.hear(lambda message: message == Shut(0))
+    there.is_whole()
+
+
+def test_source_takes_its_machine_back(there: Waiting, ready: Scripted) -> None:
+    ready.say(ready.end_of_part(), Ping(ABORT).encode())
+    assert there.wait_for("completed", "failed") == "failed"
+    assert there.run_state == "inmigrate"
+
+
+def test_source_that_resumes_has_given_its_machine_away(there: Waiting, ready: Scripted) -> None:
+    """It is cut off when it has said go; whether that was heard nobody knows."""
+    ready.close()
+    there.wait_for("postcopy-paused")
+    assert there.run_state == "inmigrate"
+    have = resume(ready, there.recover())
+    assert not have.any()
+    ready.say(ready.part(*map(ready.page, range(HOT))))
+    wait_until(lambda: there.run_state == "running", LONG)
+    have[:HOT] = 1
+    finish(ready, have)
+    there.is_whole()
+
+
+# Deaths
+
+
+def test_pager_that_dies_is_replaced(there: Waiting, running: Scripted) -> None:
+    for number in range(2):
+        running.say(running.page(HOT + number), running.end_of_part(), Ping(number).encode())
+        running.hear(lambda message, number=number: message == Pong(number))
+        os.kill(there.pager(), signal.SIGKILL)
+        there.wait_for("postcopy-paused")
+        assert "the pager has ended" in there.error()
+        have = resume(running, there.recover())
+        assert np.flatnonzero(have).tolist() == list(range(HOT + number + 1))
+        running.say(SectionPart(1, "ram").encode())
+    running.say(running.end_of_part())
+    finish(running, have)
+    there.is_whole()
+
+
+def test_pager_that_dies_before_the_last_word_is_replaced(there: Waiting, ready: Scripted) -> None:
+    os.kill(there.pager(), signal.SIGKILL)
+    there.wait_for("postcopy-paused")
+    assert there.run_state == "inmigrate"
+    finish(ready, resume(ready, there.recover()))
+    there.is_whole()
+
+
+def test_pager_that_dies_before_the_machine_is_loaded_leaves_it_to_its_source(
+    there: Waiting, checkpoint: vmferry.Checkpoint
+) -> None:
+    with Scripted(checkpoint, there.listen()) as source:
+        source.begin()
+        os.kill(there.pager(), signal.SIGKILL)
+        source.package()
+        source.hear(lambda message: message == Shut(1))
+    assert there.wait_for("completed", "failed") == "failed"
+    assert there.run_state == "inmigrate"
+
+
+def test_nothing_is_left_of_a_destination_that_dies(there: Waiting, running: Scripted) -> None:
+    pager = there.pager()
+    there._process.kill()
+    there.wait_death()
+    with pytest.raises((TransportError, AssertionError)):
+        running.hear(lambda _message: False)
+    wait_until(lambda: not Path(f"/proc/{pager}").exists(), LONG)
