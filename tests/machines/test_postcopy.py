@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -64,6 +67,9 @@ class Waiting:
         if event == "MIGRATION":
             self.statuses.append(str(data["status"]))
 
+    def wait_for(self, status: Status) -> None:
+        wait_until(lambda: self.control.status is status, LONG)
+
     def is_whole(self) -> None:
         """Everything has come, and the guest finds nothing wrong, nor does anybody else."""
         assert self.control.wait(LONG) == Status.COMPLETED, self.control.query()
@@ -75,6 +81,20 @@ class Waiting:
 def waiting(hosted: Start) -> Iterator[Callable[..., Waiting]]:
     with ExitStack() as stack:
         yield lambda kind, *capabilities: Waiting(hosted(kind, **GUEST), stack, *capabilities)
+
+
+def pagers() -> list[int]:
+    """The processes of pagers that this one has."""
+    children = [
+        int(child)
+        for thread in Path("/proc/self/task").iterdir()
+        for child in (thread / "children").read_text().split()
+    ]
+    return [
+        child
+        for child in children
+        if b"postcopy.pager" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 def restore(checkpoint: vmferry.Checkpoint, uri: str, **options: object) -> Restored:
@@ -116,9 +136,10 @@ def test_source_is_lost_and_comes_back(
     uri = there.control.incoming(f"unix:{tmp_path}/there")
     for number in range(4):
         begun = Begun(checkpoint, uri, preempt=preempt, bandwidth=float(4 * MIB), resume=number > 0)
-        wait_until(lambda: there.control.status is Status.POSTCOPY_ACTIVE, LONG)
-        begun.cut_after_pages(100)
-        wait_until(lambda: there.control.status is Status.POSTCOPY_PAUSED, LONG)
+        there.wait_for(Status.POSTCOPY_ACTIVE)
+        begun.wait_pages(100)
+        begun.cut()
+        there.wait_for(Status.POSTCOPY_PAUSED)
         assert "connection" in there.control.query()["error-desc"]
         uri = there.control.recover(f"unix:{tmp_path}/again-{number}")
     restore(checkpoint, uri, preempt=preempt, resume=True)
@@ -126,6 +147,42 @@ def test_source_is_lost_and_comes_back(
     cycle = ["postcopy-active", "postcopy-paused", "postcopy-recover"]
     assert there.statuses == ["setup", "active", *cycle * 4, "postcopy-active", "completed"]
     assert len(there.warnings) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_is_lost_at_any_moment_nothing_is_wrong(
+    saved: Callable[[str], vmferry.Checkpoint],
+    waiting: Callable[..., Waiting],
+    tmp_path: Path,
+    kind: str,
+    seed: int,
+) -> None:
+    """The connection, or the pager; while the guest waits for pages, and its devices are loaded."""
+    choose = Random(seed)  # noqa: S311 - nothing secret
+    checkpoint = saved(kind)
+    for move in range(3):
+        preempt = choose.random() < 0.5
+        there = waiting(kind, *(["postcopy-preempt"] if preempt else []))
+        uri = there.control.incoming(f"unix:{tmp_path}/{move}")
+        losses = choose.randrange(1, 4)
+        for number in range(losses):
+            begun = Begun(
+                checkpoint, uri, preempt=preempt, bandwidth=float(6 * MIB), resume=number > 0
+            )
+            there.wait_for(Status.POSTCOPY_ACTIVE)
+            begun.wait_pages(choose.randrange(300))
+            if choose.random() < 0.3:
+                (pager,) = pagers()
+                os.kill(pager, signal.SIGKILL)
+                begun.wait_lost()
+            else:
+                begun.cut()
+            there.wait_for(Status.POSTCOPY_PAUSED)
+            uri = there.control.recover(f"unix:{tmp_path}/{move}-{number}")
+        restore(checkpoint, uri, preempt=preempt, resume=True)
+        there.is_whole()
+        there.control.close()
 
 
 class Begun:
@@ -140,9 +197,15 @@ class Begun:
     def _note(self, progress: vmferry.Progress) -> None:
         self.pages = progress.normal_pages
 
-    def cut_after_pages(self, pages: int) -> None:
+    def wait_pages(self, pages: int) -> None:
+        """Wait until so many pages were sent."""
         wait_until(lambda: self.pages >= pages or self._done.done(), LONG)
+
+    def cut(self) -> None:
         self._restore.cancel()
+        self.wait_lost()
+
+    def wait_lost(self) -> None:
         assert self._done.exception(LONG) is not None
 
 
@@ -160,9 +223,10 @@ def test_machine_that_lacks_memory_can_be_ended(
         there.control.incoming(f"unix:{tmp_path}/there"),
         bandwidth=float(MIB),
     )
-    wait_until(lambda: there.control.status is Status.POSTCOPY_ACTIVE, LONG)
-    begun.cut_after_pages(1)
-    wait_until(lambda: there.control.status is Status.POSTCOPY_PAUSED, LONG)
+    there.wait_for(Status.POSTCOPY_ACTIVE)
+    begun.wait_pages(1)
+    begun.cut()
+    there.wait_for(Status.POSTCOPY_PAUSED)
     there.control.close()
     assert there.control.status is Status.FAILED
     assert not there.guest.machine.running

@@ -25,7 +25,7 @@ from vmferry.errors import (
 )
 from vmferry.memory import PAGE_SIZE, GuestMemory
 from vmferry.memory.faults import missing, open_faults, register
-from vmferry.migration.takeover import ABORT, GO, GRANTED
+from vmferry.migration.takeover import ABORT, GO
 from vmferry.transports import Channel, Listener
 from vmferry.wire.commands import (
     Package,
@@ -36,7 +36,7 @@ from vmferry.wire.commands import (
     RamDiscard,
 )
 from vmferry.wire.postcopy import Continuation
-from vmferry.wire.return_path import Message, Pong
+from vmferry.wire.return_path import Message
 
 from .missing import MISSING, Marks
 from .pager_process import PagerProcess
@@ -244,8 +244,6 @@ class PostcopyDestination:
 
     def _hear(self, event: Event) -> None:
         match event:
-            case {"event": "word", "value": value} if value not in {GO, GRANTED, ABORT}:
-                self.say(Pong(value))
             case {"event": "kept", "descriptor": descriptor} if self._faults < 0:
                 self._faults = descriptor
             case {"event": "kept", "descriptor": descriptor}:
@@ -259,7 +257,9 @@ class PostcopyDestination:
             case {"event": "failed", "reason": reason}:
                 raise PeerError(f"the source is lost before the machine ran: {reason}")
             case {"event": "gone", "reason": reason}:
-                self._pager = None
+                if self._pager is not None:
+                    self._pager.close()
+                    self._pager = None
                 if self._faults < 0:
                     raise PeerError(f"{reason} before the machine ran")
                 self._pause(reason)
@@ -342,6 +342,8 @@ class PostcopyDestination:
         """End the pager, when it has sent what was said; and all connections."""
         if self._pager is not None:
             self._pager.close()
+        if self._faults < 0:
+            self._end_faults()
         self._drop_channels()
         self._cleanup.close()
 

@@ -9,13 +9,13 @@ connections until the end.
 Both sides talk over a socket in messages of JSON, with descriptors beside them::
 
     memory  blocks          faults, marks          the memory; pages come from here on
-    stream  start, recovery main, head             a connection, what was read of it (in order:
-    urgent                  preempt                "memory", "stream", perhaps "urgent")
+    stream  start, words... main, head             a connection, and what was read of it
+    urgent                  preempt                the preempt channel that belongs to it
     keep                                           a loss of the source is a pause from now on
     say     data                                   send it to the source
 
     kept                    faults                 the answer to "keep"
-    word    value                                  a ping of the source
+    word    value                                  a ping with a value of "words", once each
     resumed                                        the source goes on, after a recovery
     paused  reason                                 the source is lost, and can come back
     failed  reason                                 the source is lost before "keep": all is given up
@@ -48,7 +48,7 @@ from vmferry.wire.buffer import ChannelReader
 from vmferry.wire.commands import Ping, PostcopyResume, ReceivedBitmap
 from vmferry.wire.postcopy import Continuation, PostcopyReader, UrgentReader
 from vmferry.wire.ram import RamBlock, RamPages
-from vmferry.wire.return_path import HavePages, Message, RequestPages, ResumeAck
+from vmferry.wire.return_path import HavePages, Message, Pong, RequestPages, ResumeAck
 
 from .missing import MappedBlock, MissingMemory
 
@@ -57,6 +57,9 @@ MESSAGE: Final = 1 << 20
 
 _READ: Final = 256 << 10
 """Bytes that are read in one go: a fault may wait as long as it takes to place them."""
+
+_UNSENT: Final = 1 << 20
+"""Bytes that may wait until the source takes them: more than there are pages to be asked for."""
 
 _FAREWELL: Final = 5.0
 """Seconds that the source has to take the last word."""
@@ -94,10 +97,12 @@ class Pager:
         self._main: Link | None = None
         self._urgent: Link | None = None
         self._start: Continuation | None = None
+        self._words: list[int] = []
         self._idle: float | None = None
         self._heard = 0.0
         self._unsent = bytearray()
         self._last_asked: str | None = None
+        self._asks = False
         self._keeps = False
         self._is_done = False
 
@@ -105,11 +110,11 @@ class Pager:
         """Work until the other side is done."""
         while True:
             ready = {number for number, _ in self._poll.poll(self._patience())}
-            if self._faults in ready:
-                self._ask()
             if self._control.fileno() in ready and not self._obey():
                 return self._leave()
             try:
+                if self._faults in ready:
+                    self._ask()
                 self._turn(ready)
             except VmferryError as error:
                 self._lose(str(error))
@@ -146,6 +151,8 @@ class Pager:
         if not memory.waited:
             self._heard = time.monotonic()
         for block, page in memory.faults():
+            if not self._asks:
+                continue  # whoever waits is asked for when the source is back
             named = None if block == self._last_asked else block
             self._last_asked = block
             self._say(RequestPages(page * PAGE_SIZE, PAGE_SIZE, named))
@@ -158,6 +165,8 @@ class Pager:
             return
         self._unsent += data
         self._flush()
+        if len(self._unsent) > _UNSENT:
+            raise PeerError("the source does not read what it is asked and told")
 
     def _flush(self) -> None:
         """Send what the connection takes; the rest when it takes more."""
@@ -195,15 +204,18 @@ class Pager:
         match event:
             case RamPages() if memory is not None:
                 memory.place(event)
-            case Ping(value):
+            case Ping(value) if value in self._words:
+                self._words.remove(value)
                 self._tell("word", value=value)
+            case Ping(value):
+                self._say(Pong(value))
             case ReceivedBitmap(block) if memory is not None:
                 have = memory.have(block)
                 if have is None:
                     raise PeerError(f"the source asks for a block {block!r}, which is not there")
                 self._say(HavePages(block, have))
             case PostcopyResume() if memory is not None:
-                self._last_asked = None
+                self._last_asked, self._asks = None, True
                 self._say(ResumeAck())
                 memory.ask_again()
                 self._tell("resumed")
@@ -230,6 +242,7 @@ class Pager:
                     self._poll.unregister(link.sock)
                 link.sock.close()
         self._main = self._urgent = None
+        self._asks = False
         self._unsent.clear()
         if self._is_done:
             return
@@ -245,7 +258,10 @@ class Pager:
 
     def _obey(self) -> bool:
         """Do what the process of the machine wants; false where there is no more to come."""
-        data, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 3)
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self._control, MESSAGE, 3)
+        except OSError:
+            return False
         if not data:
             return False
         message = json.loads(data)
@@ -269,9 +285,10 @@ class Pager:
                 self._poll.register(self._faults, select.POLLIN)
             case {"do": "stream", "start": start, "recovery": recovery}:
                 main, head = descriptors
-                self._idle = message["idle"]
+                self._idle, self._words = message["idle"], list(message["words"])
                 blocks = tuple(RamBlock(name, size) for name, size in start.pop("blocks"))
                 self._start = Continuation(blocks, **start)
+                self._asks = not recovery
                 reader = PostcopyReader(self._start, recovery=recovery)
                 self._main = Link(socket.socket(fileno=main), reader)
                 self._poll.register(main, select.POLLIN)

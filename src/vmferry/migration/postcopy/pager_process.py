@@ -12,12 +12,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from vmferry.migration.takeover import ABORT, GO, GRANTED
 from vmferry.transports import Channel
 from vmferry.wire.postcopy import Continuation
 
 from .pager import MESSAGE, describe
 
 _MODULE: Final = "vmferry.migration.postcopy.pager"
+
+WORDS: Final = (GO, GRANTED, ABORT)
+"""Pings that are not answered but told."""
 
 _END: Final = 10.0
 """Seconds that the process may take to say the last word and end."""
@@ -63,6 +67,7 @@ class PagerProcess:
     ) -> None:
         """A connection to the source, of which *head* was read already."""
         told: dict[str, Any] = {"start": describe(start), "recovery": recovery, "idle": idle}
+        told["words"] = [] if recovery else WORDS
         with _Descriptor(main.duplicate()) as link, _Descriptor(os.memfd_create("head")) as file:
             os.write(file, head)
             self._tell("stream", **told, descriptors=[link, file])
