@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from vmferry.errors import CheckpointDamaged, UsageError
-from vmferry.migration.postcopy.source import LazyOptions, LazySource, Paused, Service, quantiles
+from vmferry.migration.postcopy.server import Service
+from vmferry.migration.postcopy.source import LazyOptions, LazySource, Paused, quantiles
 from vmferry.migration.progress import Meter, Report
 from vmferry.migration.run_state import RUNNING
 from vmferry.pages import page_sums

@@ -132,6 +132,14 @@ class Left:
         self._at, self._unit = number, units.stop
         return asked
 
+    def again(self) -> None:
+        """What was sent did not all arrive, and what did is noted: go over all of it once more."""
+        self._urgent.clear()
+        self._last_named = None
+        self._at = self._unit = 0
+        for block in self._blocks:
+            block.passed[:] = False
+
     def urgent(self) -> Run | None:
         """What the destination waits for, one unit at a time."""
         while self._urgent:

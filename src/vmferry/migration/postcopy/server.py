@@ -1,0 +1,308 @@
+"""Serving a destination that runs the machine, or loads it: what it asks for, and all the rest.
+
+QEMU 7.2 ``migration/migration.c`` and ``ram.c``.  One thread answers and, where nobody asks, sends
+the rest: a request waits for nothing but what is in the socket already, and that is kept short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from vmferry.errors import ChannelClosed, PeerError, PeerSilent, Refused, TransportError
+from vmferry.faults import reach
+from vmferry.migration.progress import Meter
+from vmferry.migration.takeover import READY
+from vmferry.ownership.identity import NUMBERS, Identity
+from vmferry.transports import Channel, RateLimit
+from vmferry.units import format_duration
+from vmferry.wire.commands import Command, PostcopyResume, ReceivedBitmap
+from vmferry.wire.layout import RAM_SECTION
+from vmferry.wire.ram import RamEnd
+from vmferry.wire.return_path import (
+    HavePages,
+    Message,
+    Pong,
+    Reason,
+    RequestPages,
+    ResumeAck,
+    ReturnPathReader,
+    Shut,
+    SwitchoverAck,
+)
+from vmferry.wire.sections import EndOfStream, SectionFooter, SectionPart
+
+from .left import Block, Left, Run
+from .records import ROOM, Records
+
+LOADED: Final = 3
+"""The ping inside the package: its answer says that all devices are loaded."""
+
+_LOOK: Final = 0.1
+"""Seconds between two looks at whether it was given up, or a limit was changed."""
+
+_KEEP: Final = 64 << 10
+"""Bytes of the background that may wait in the socket in front of an urgent page."""
+
+
+@dataclass(slots=True)
+class Service:
+    """What was asked for and how fast it was answered; times in seconds since the connection.
+
+    ``asked`` has block number, unit and time of each page that was asked for and not sent before.
+    ``loaded`` is when the destination said that all devices are loaded, after which it runs.
+    """
+
+    requests: int = 0
+    late: int = 0
+    pages: int = 0
+    loaded: float | None = None
+    asked: list[tuple[int, int, float]] = field(default_factory=list)
+    took: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RamFormat:
+    """How the section `ram` is written: its number, and whether sections end with a footer."""
+
+    number: int
+    page_size: int
+    footers: bool
+
+
+class PageServer:
+    """Serves the memory in *blocks* over the channels that it is attached to.
+
+    *idle* is how many seconds the destination may read nothing, *answer* how many it may take for
+    an answer; ``None`` is for ever.  *limit* bounds the background.  *given_up* is asked now and
+    then: where it is true what waits raises :class:`ChannelClosed`.  *loaded* is called when the
+    destination says that all devices are loaded.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        ram: RamFormat,
+        *,
+        idle: float | None,
+        answer: float | None,
+        limit: RateLimit,
+        meter: Meter,
+        service: Service,
+        given_up: Callable[[], bool] = lambda: False,
+        loaded: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._blocks = blocks
+        self._ram = ram
+        self._idle = idle
+        self._answer_within = answer
+        self._limit = limit
+        self._meter = meter
+        self._given_up = given_up
+        self._loaded = loaded
+        self.service = service
+        self.left = Left(blocks)
+        self._began = self._received = 0.0
+        self._ready: list[int] = []
+        self._reason = ""
+
+    def attach(self, main: Channel, urgent: Channel | None = None) -> None:
+        """Go on over these channels; *urgent* is that of ``postcopy-preempt``."""
+        unit = max(block.unit for block in self._blocks)
+        room = max(ROOM, unit)
+        largest = max(block.ram.length for block in self._blocks)
+        self._reader = ReturnPathReader(max_bitmap=largest // self._ram.page_size // 8 + 8)
+        self._main = main
+        self._began = self._began or time.perf_counter()
+        main.keep_little(_KEEP)
+        self._records = Records(self._ram.page_size, room)
+        self._most = max(room // unit, 1)
+        self._urgent, self._urgent_records = main, self._records
+        if urgent is not None:
+            self._urgent, self._urgent_records = urgent, Records(self._ram.page_size, room)
+
+    def send(self, parts: Sequence[bytes]) -> None:
+        """Send whole sections."""
+        self._main.send([part for part in parts if part], self._idle)
+        self._meter.count(transferred=sum(map(len, parts)))
+
+    def begin(self) -> None:
+        """From here on pages may be sent."""
+        self.send([SectionPart(self._ram.number, RAM_SECTION).encode()])
+
+    def interject(self, *commands: Command) -> None:
+        """Send commands between two parts."""
+        self.send([*self._end_of_part(), *(command.encode() for command in commands)])
+        self.begin()
+
+    def resume(self) -> None:
+        """Hear what arrived, and go on behind it (QEMU 3.0)."""
+        self.send([ReceivedBitmap(block.ram.name).encode() for block in self._blocks])
+        for block in self._blocks:
+            match self._await():
+                case HavePages(name, bitmap) if name == block.ram.name:
+                    block.have(bitmap, self._ram.page_size)
+                case other:
+                    raise _unexpected(other, f"the pages of {block.ram.name!r}")
+        self.left.again()
+        self.send([PostcopyResume().encode()])
+        if not isinstance(found := self._await(), ResumeAck):
+            raise _unexpected(found, "that the migration is resumed")
+        if self.service.loaded is None:
+            self.service.loaded = time.perf_counter() - self._began
+
+    def await_loaded(self) -> None:
+        """Return once the destination has loaded all devices, which may need memory."""
+        while self.service.loaded is None:
+            # Nothing else shall stand in the way of what the devices ask for.
+            self._turn(sending=self.left.expects)
+
+    def await_ready(self) -> Identity:
+        """Return once the destination says that it waits for a *go*; who it is."""
+        while len(self._ready) <= NUMBERS:
+            self._turn(sending=True)
+        return Identity.from_numbers(self._ready[1:])
+
+    def serve(self) -> None:
+        """Answer requests, and send the rest where there are none, until there is no more."""
+        while self._turn(sending=True):
+            pass
+
+    def finish(self) -> None:
+        """Everything is sent: end the stream, and return once the destination says that it has it.
+
+        Raises :class:`Refused` where it says anything else.
+        """
+        if self._urgent is not self._main:
+            self._urgent.send([RamEnd().encode()], self._idle)
+        self.send([*self._end_of_part(), EndOfStream().encode()])
+        within = self._answer_within
+        deadline = None if within is None else time.monotonic() + within
+        while True:
+            match self._await(deadline):
+                case Shut(0):
+                    self._main.end_of_data()
+                    return
+                case RequestPages():
+                    pass  # all data is there, or on its way
+                case other:
+                    self._hear(other)
+
+    def _end_of_part(self) -> list[bytes]:
+        footer = [SectionFooter(self._ram.number).encode()] if self._ram.footers else []
+        return [RamEnd().encode(), *footer]
+
+    # Serving
+
+    def _turn(self, *, sending: bool) -> bool:
+        """Do what is to be done next; whether there is more."""
+        patience = self._idle if sending else self._answer_within
+        # The limit is for the background: nobody who asks waits for it.
+        due = self._limit.due() if sending else 0.0
+        if due:
+            patience = due
+        deadline = None if patience is None else time.monotonic() + patience
+        while True:
+            if self._given_up():
+                raise ChannelClosed("the migration was cancelled on this side")
+            left = _LOOK if deadline is None else min(_LOOK, deadline - time.monotonic())
+            readable, writable = self._main.turn(max(left, 0), sending=sending and not due)
+            if readable:
+                self._receive()
+                self._answer()
+                return True
+            if writable:
+                return self._send_next()
+            if due:
+                return True
+            if deadline is not None and time.monotonic() >= deadline:
+                raise PeerSilent(
+                    f"waited {format_duration(patience or 0)} for the destination to "
+                    + ("read on, it did not" if sending else "load the devices, it did not say so")
+                )
+
+    def _answer(self) -> None:
+        """Send all that is waited for."""
+        while (run := self.left.urgent()) is not None:
+            self._send_run(run, self._urgent, self._urgent_records, asked=True)
+            self.service.took.append(time.perf_counter() - self._received)
+
+    def _send_next(self) -> bool:
+        # What is wanted soon will be asked for even where it is zero.
+        soon = self.left.soon(self._most)
+        run = soon or self.left.next(self._most)
+        if run is None:
+            return False
+        self._limit.spend(run.count * run.block.unit)
+        self._send_run(run, self._main, self._records, asked=soon is not None)
+        return True
+
+    def _send_run(self, run: Run, channel: Channel, records: Records, *, asked: bool) -> None:
+        parts, pages = records.of(run, asked=asked)
+        if not parts:
+            return
+        channel.send(parts, self._idle)
+        self.service.pages += pages
+        self._meter.count(transferred=sum(map(len, parts)), normal=pages)
+        self._meter.tick()
+
+    # Answers
+
+    def _receive(self) -> None:
+        buffer = self._reader.buffer
+        buffer.received(self._main.recv_into(buffer.room(), self._idle))
+        self._received = time.perf_counter()
+        for message in self._reader.events():
+            self._hear(message)
+        if buffer.ended:
+            raise self._gone()
+
+    def _hear(self, message: Message) -> None:
+        service = self.service
+        match message:
+            case RequestPages(start, length, block):
+                service.requests += 1
+                asked = self.left.ask(block, start, length)
+                at = time.perf_counter() - self._began
+                service.late += not asked
+                service.asked += [(number, unit, at) for number, unit in asked]
+            case Pong(value) if value == LOADED and service.loaded is None:
+                service.loaded = time.perf_counter() - self._began
+                self._loaded()
+                reach("loaded-heard")
+            case Pong(value) if self._ready or value == READY:
+                self._ready.append(value)
+            case Pong() | SwitchoverAck():
+                pass
+            case Reason(text):
+                self._reason = text
+            case Shut():
+                why = f": {self._reason}" if self._reason else "; its own messages say why"
+                raise Refused(f"the destination gave the machine up{why}")
+            case other:
+                raise _unexpected(other, "a request for pages")
+
+    def _await(self, deadline: float | None = None) -> Message:
+        """The next message."""
+        buffer = self._reader.buffer
+        while True:
+            for message in self._reader.events():
+                return message
+            if buffer.ended:
+                raise self._gone()
+            left = self._answer_within if deadline is None else deadline - time.monotonic()
+            buffer.received(self._main.recv_into(buffer.room(), left and max(left, 0.001)))
+
+    def _gone(self) -> TransportError | PeerError:
+        if self.service.loaded is not None:
+            return TransportError("the destination closed the connection before it had everything")
+        return PeerError(
+            "the destination closed the connection before it ran the machine; its own messages say"
+            " why: is it the same machine, with the capability postcopy-ram?"
+        )
+
+
+def _unexpected(found: Message, expected: str) -> PeerError:
+    return PeerError(f"expected {expected} from the destination, found {type(found).__name__}")
