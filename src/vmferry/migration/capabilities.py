@@ -29,7 +29,7 @@ class Capability(StrEnum):
     EVENTS = "events"
     """Each: emit MIGRATION and MIGRATION_PASS."""
     POSTCOPY_RAM = "postcopy-ram"
-    """Destination: let the source switch to postcopy."""
+    """Both: the source may let the machine go before its memory (``migrate-start-postcopy``)."""
     RETURN_PATH = "return-path"
     """Source: ask for the destination's word that it has loaded everything."""
     PAUSE_BEFORE_SWITCHOVER = "pause-before-switchover"
@@ -43,7 +43,7 @@ class Capability(StrEnum):
     VALIDATE_UUID = "validate-uuid"
     """Source: send the machine's UUID, which the destination compares with its own."""
     POSTCOPY_PREEMPT = "postcopy-preempt"
-    """Destination: wait for a channel of its own for the pages that are asked for."""
+    """Both: a channel of its own for the pages that are asked for."""
 
 
 NOT_SUPPORTED: Final = (
@@ -93,7 +93,7 @@ def _check(name: str, state: object) -> None:
 
 
 def _check_set(wanted: Set[Capability], *, incoming: bool) -> None:
-    _check_postcopy(wanted, incoming=incoming)
+    _check_postcopy(wanted)
     if Capability.COMPRESS not in wanted:
         return
     if Capability.MULTIFD in wanted:
@@ -108,16 +108,15 @@ def _check_set(wanted: Set[Capability], *, incoming: bool) -> None:
         )
 
 
-def _check_postcopy(wanted: Set[Capability], *, incoming: bool) -> None:
+def _check_postcopy(wanted: Set[Capability]) -> None:
     if Capability.POSTCOPY_RAM not in wanted:
         if Capability.POSTCOPY_PREEMPT in wanted:
             raise UsageError("postcopy-preempt needs postcopy-ram: turn that on as well")
         return
-    if not incoming:
-        raise UsageError(
-            "postcopy-ram is had by a machine that waits for its state alone: a machine that runs"
-            " cannot be sent by postcopy (yet)"
-        )
+    if Capability.RETURN_PATH not in wanted:
+        raise UsageError("postcopy-ram needs return-path, on which memory is asked for")
+    if Capability.MULTIFD in wanted:
+        raise UsageError("postcopy-ram cannot be on with multifd: turn one of them off")
     if Capability.IGNORE_SHARED in wanted:
         raise UsageError("postcopy-ram cannot be on with x-ignore-shared: turn one of them off")
     if Capability.POSTCOPY_PREEMPT in wanted and Capability.COMPRESS in wanted:

@@ -32,23 +32,16 @@ from .machine_sink import MachineSink
 from .parameters import Parameters
 from .postcopy.destination import PostcopyDestination, check_host
 from .progress import Meter, Progress
+from .source import Connect
 from .statistics import Statistics, query_incoming
-from .status import DESTINATION, ENDS, SOURCE, UNDER_WAY, Status, StatusTrack, Table
+from .status import DESTINATION, ENDS, POSTCOPY, SOURCE, UNDER_WAY, Status, StatusTrack, Table
 
 Notify: TypeAlias = Callable[[str, dict[str, Any]], None]
 """Told the name and the data of each QMP event, by any thread.  It may call a :class:`Control`, and
 has to be quick."""
 
 
-_PHASES: Final = {
-    str(status): status
-    for status in (
-        Status.ACTIVE,
-        Status.POSTCOPY_ACTIVE,
-        Status.POSTCOPY_PAUSED,
-        Status.POSTCOPY_RECOVER,
-    )
-}
+_PHASES: Final = {str(status): status for status in (Status.ACTIVE, *POSTCOPY)}
 """The phases of a destination that are statuses."""
 
 
@@ -113,7 +106,7 @@ class Control:
             if self._track.current in UNDER_WAY:
                 raise UsageError("capabilities cannot be changed while a migration is under way")
             wanted = caps.checked(self.capabilities, changes, incoming=self._awaited)
-            if Capability.POSTCOPY_RAM in wanted - self.capabilities:
+            if self._awaited and Capability.POSTCOPY_RAM in wanted - self.capabilities:
                 check_host(kernel=self._kernel_faults)
             self.capabilities = wanted
 
@@ -208,9 +201,7 @@ class Control:
             statistics = Statistics(self._note)
             source = LiveSource(
                 self.machine,
-                lambda given_up: connect(
-                    uri, timeout=self.parameters.connect_deadline or None, given_up=given_up
-                ),
+                self._connect(uri),
                 capabilities=self.capabilities,
                 parameters=lambda: self.parameters,
                 track=track,
@@ -221,6 +212,26 @@ class Control:
             )
             self._source, self._statistics, self._destination = source, statistics, None
             self._begin(track, lambda: self._run_source(source))
+
+    def _connect(self, uri: str) -> Connect:
+        return lambda given_up: connect(
+            uri, timeout=self.parameters.connect_deadline or None, given_up=given_up
+        )
+
+    def start_postcopy(self) -> None:
+        """``migrate-start-postcopy``: let the machine go before its memory, as soon as may be."""
+        with self._lock:
+            if self._source is None or self._track.current not in UNDER_WAY:
+                raise UsageError("postcopy is started after a migration has begun")
+            self._source.start_postcopy()
+
+    def resume(self, uri: str) -> None:
+        """``migrate`` with ``resume``: go on with a migration that is paused, at *uri*."""
+        parse(uri)
+        with self._lock:
+            if self._source is None or self._track.current != Status.POSTCOPY_PAUSED:
+                raise UsageError(f"the migration is {self._track.current}, not postcopy-paused")
+            self._source.resume(self._connect(uri))
 
     def incoming(self, uri: str) -> str:
         """``migrate-incoming``: wait at *uri* for a machine; the address for its source."""
@@ -329,10 +340,17 @@ class Control:
         return self._track.current
 
     def close(self) -> None:
-        """Give up what is under way, and wait for its end."""
+        """Give up what is under way, and wait for its end.
+
+        Also where the machine runs elsewhere already and needs memory that is only here.
+        """
         self.cancel()
         self.cancel_incoming()
-        self.wait()
+        while self._thread is not None and self._thread.is_alive():
+            source = self._source
+            if source is not None and self._track.current in POSTCOPY:
+                source.abandon()
+            self.wait(_STOPS)
 
     def query(self) -> dict[str, Any]:
         """``query-migrate``; ``x-vmferry-stall`` tells of a migration that made no progress.

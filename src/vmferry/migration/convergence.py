@@ -10,6 +10,7 @@ and does what the stall policy says:
   fit, at least by one, and at most to the ceiling.  The switchover comes when so little remains
   again: near a minimum, whatever the machine does in between.
 * *throttle* slows the machine down by one step more.
+* *postcopy* lets the machine go before its memory, where the capability is on.
 * *give-up* gives up, and so do the two before where they have no step left.
 
 All but the first end: there are so many steps, and a stall follows the other after so many rounds.
@@ -53,13 +54,14 @@ class Round:
 class Decision:
     """What to do at the end of a round; with nothing set: go on.
 
-    ``switch_over``: stop the machine and send the rest.  ``give_up``: fail, with ``stall`` as the
-    reason.  ``throttle``: the percentage of time for which to keep the machine from running from
-    now on.  ``downtime_limit``: the limit in milliseconds was raised to this.  ``stall``: report
-    it.
+    ``postcopy``: switch to it.  ``switch_over``: stop the machine and send the rest.  ``give_up``:
+    fail, with ``stall`` as the reason.  ``throttle``: the percentage of time for which to keep the
+    machine from running from now on.  ``downtime_limit``: the limit in milliseconds was raised to
+    this.  ``stall``: report it.
     """
 
     switch_over: bool = False
+    postcopy: bool = False
     give_up: bool = False
     throttle: int | None = None
     downtime_limit: int | None = None
@@ -106,7 +108,7 @@ class Convergence:
         if not self._watch.is_stalled(ended.remaining, ended.seconds, parameters):
             return Decision()
         stall = self._stall(parameters, capabilities)
-        decision = self._act(ended, stall, parameters)
+        decision = self._act(ended, stall, parameters, capabilities)
         self._watch.go_on()
         return decision
 
@@ -148,7 +150,13 @@ class Convergence:
 
     # What to do about a stall
 
-    def _act(self, ended: Round, stall: Stall, parameters: Parameters) -> Decision:
+    def _act(
+        self,
+        ended: Round,
+        stall: Stall,
+        parameters: Parameters,
+        capabilities: frozenset[Capability],
+    ) -> Decision:
         match parameters.stall_policy:
             case StallPolicy.KEEP_TRYING:
                 return Decision(stall=self._news(stall))
@@ -159,6 +167,8 @@ class Convergence:
                 period = Period(ended.sent, ended.dirtied, ended.seconds)
                 if percentage := self._throttling.step(period, parameters):
                     return Decision(throttle=percentage, stall=stall)
+            case StallPolicy.POSTCOPY if Capability.POSTCOPY_RAM in capabilities:
+                return Decision(postcopy=True, stall=stall)
         return Decision(give_up=True, stall=stall)
 
     def _raise(self, stall: Stall, parameters: Parameters) -> int | None:

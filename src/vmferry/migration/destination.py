@@ -62,7 +62,7 @@ from .postcopy.destination import PostcopyDestination, package_parts
 from .progress import Meter
 from .runs import Runs
 from .sink import Loader, Sink
-from .takeover import ANNOUNCE, OWNED, READY, TOKEN, Takeover
+from .takeover import ANNOUNCE, HEEDS, OWNED, READY, TOKEN, Takeover
 
 _SILENCE: Final = 1.0
 """Seconds after which a source that waits for an answer has nothing more to send."""
@@ -613,6 +613,8 @@ class Destination:
             self._token.append(value)
         elif self._announced is not None and len(self._announced) < NUMBERS:
             self._announced.append(value)
+            if len(self._announced) == NUMBERS and self._postcopy is not None:
+                self._answer(Pong(HEEDS))
         elif value == OWNED and self._announced is not None:
             self._token = []
         elif value == ANNOUNCE:

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from queue import SimpleQueue
 from typing import Final
 
 from vmferry.errors import ChannelClosed, PeerSilent, StorageError, UsageError, VmferryError
@@ -21,6 +23,7 @@ from vmferry.memory import PAGE_SIZE, DirtyLog
 from vmferry.ownership.engine import Ownership
 from vmferry.ownership.protocol import Stage as Owner
 from vmferry.pages import XbzrleCache
+from vmferry.transports import Channel, RateLimit
 from vmferry.wire.multifd import Method
 
 from .capabilities import Capability
@@ -30,6 +33,9 @@ from .handover import Stage, Word
 from .machine import LiveMachine
 from .machine_source import MachineSource
 from .parameters import Parameters
+from .postcopy.live import Follow, left_of
+from .postcopy.server import RamFormat, Service
+from .postcopy.way import Way
 from .precopy import DirtyBlock, Precopy
 from .source import Connect, SendOptions, Source
 from .statistics import Statistics
@@ -84,16 +90,21 @@ class LiveSource:
         self._convergence = Convergence(device_bytes=_DEVICE_BYTES, overhead=_OVERHEAD)
         self._cache: XbzrleCache | None = None
         self._synced = (0.0, 0)
-        passes = Precopy(self, machine.registry.handlers, statistics, self._cleanup)
+        passes = self._passes = Precopy(self, machine.registry.handlers, statistics, self._cleanup)
         self._source = Source(
             self._outgoing,
             connect,
             options=self._options(capabilities),
             meter=statistics,
             passes=passes,
+            follow=self._follow,
             ownership=ownership,
         )
         self._proceed = threading.Event()
+        self._wants_postcopy = threading.Event()
+        self.background = RateLimit(self._parameters().max_postcopy_bandwidth or None)
+        """The limit of memory that nobody has asked for, in postcopy."""
+        self._connects: SimpleQueue[Connect | None] = SimpleQueue()
         self.has_stopped = False
         """Whether the migration keeps the machine from running."""
 
@@ -147,6 +158,7 @@ class LiveSource:
         with self._lock:
             if not self.has_stopped:
                 self._source.limit.rate = self._parameters().max_bandwidth or None
+        self.background.rate = self._parameters().max_postcopy_bandwidth or None
 
     def _options(self, capabilities: frozenset[Capability]) -> SendOptions:
         now = self._parameters()
@@ -159,6 +171,8 @@ class LiveSource:
             method=method,
             level=levels.get(method, 0),
             bandwidth=now.max_bandwidth or None,
+            postcopy=Capability.POSTCOPY_RAM in capabilities,
+            preempt=Capability.POSTCOPY_PREEMPT in capabilities,
             idle=now.idle_deadline or None,
             answer=now.answer_deadline or None,
         )
@@ -189,6 +203,77 @@ class LiveSource:
             if self._outgoing.was_running:
                 self._machine.resume()
                 self._tell(Resumed())
+
+    # Postcopy
+
+    def start_postcopy(self) -> None:
+        """Let the machine go before its memory, as soon as may be."""
+        if Capability.POSTCOPY_RAM not in self._capabilities:
+            raise UsageError("turn on the capability postcopy-ram before the migration begins")
+        self._wants_postcopy.set()
+
+    def resume(self, connect: Connect) -> None:
+        """Go on with a migration that is paused, over channels that *connect* opens."""
+        self._connects.put(connect)
+
+    def abandon(self) -> None:
+        """Break off though the machine may need memory that is only here."""
+        self._connects.put(None)
+        self._source.abandon()
+
+    def wants_postcopy(self) -> bool:
+        """See :class:`~.precopy.Lead`."""
+        return self._wants_postcopy.is_set()
+
+    def _follow(self, way: Way, ram: RamFormat) -> None:
+        """The rest follows the machine."""
+        blocks = left_of(self._passes.switch())
+        self._passes.end()
+        self._statistics.switched()
+        Follow(
+            self._outgoing,
+            blocks,
+            ram,
+            way,
+            lead=self,
+            handover=self._source.handover,
+            ownership=self._ownership,
+            meter=self._statistics,
+            is_off=self._source.is_off,
+        ).run()
+        self._passes.done()
+
+    @property
+    def service(self) -> Service:
+        """See :class:`~.postcopy.live.Lead`."""
+        return self._statistics.service
+
+    def gone(self) -> None:
+        """See :class:`~.postcopy.live.Lead`."""
+        self._statistics.runs_there()
+        self._track.move(Status.POSTCOPY_ACTIVE)
+
+    def paused(self, error: VmferryError) -> None:
+        """See :class:`~.postcopy.live.Lead`."""
+        self._track.move(Status.POSTCOPY_PAUSED)
+        self._tell(
+            Warned(
+                f"the destination is lost: {error}; the machine waits there for memory that is only"
+                " here: have it listen again (migrate-recover), and resume"
+            )
+        )
+
+    def await_resume(self) -> Callable[[], tuple[Channel, Channel | None]]:
+        """See :class:`~.postcopy.live.Lead`."""
+        connect = self._connects.get()
+        if connect is None:
+            raise ChannelClosed("the migration was broken off on this side")
+        self._track.move(Status.POSTCOPY_RECOVER)
+        return partial(self._source.reconnect, connect)
+
+    def resumed(self) -> None:
+        """See :class:`~.postcopy.live.Lead`."""
+        self._track.move(Status.POSTCOPY_ACTIVE)
 
     # What the memory passes ask for
 
@@ -275,6 +360,8 @@ class LiveSource:
     def _heed(self, decision: Decision) -> None:
         if decision.stall is not None:
             self._tell(Stalled(decision.stall))
+        if decision.postcopy:
+            self._wants_postcopy.set()
         if decision.give_up:
             raise VmferryError(f"the migration was given up: {decision.stall}")
         if decision.downtime_limit is not None:

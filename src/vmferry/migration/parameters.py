@@ -50,6 +50,8 @@ class StallPolicy(StrEnum):
     """Raise the downtime limit step by step; give up where it stalls at the ceiling."""
     THROTTLE = "throttle"
     """Slow the machine down more and more; give up where it stalls at the maximum."""
+    POSTCOPY = "postcopy"
+    """Let the machine go before its memory (capability postcopy-ram); without that, give up."""
     GIVE_UP = "give-up"
     """The migration fails, and the machine runs on."""
 
@@ -141,6 +143,8 @@ class Parameters:
     QEMU's own:
 
     * ``max_bandwidth``: bytes per second over all channels while the machine runs, 0 for no limit.
+    * ``max_postcopy_bandwidth``: bytes per second of memory that nobody has asked for, while the
+      machine runs at the destination already, 0 for no limit.
     * ``avail_switchover_bandwidth``: bytes per second to count on in the switchover, 0 for what was
       measured.
     * ``downtime_limit``: milliseconds for which the machine may stand still.
@@ -170,6 +174,7 @@ class Parameters:
     """
 
     max_bandwidth: Annotated[int, _Whole(0, _U64, "bytes per second")] = 128 << 20
+    max_postcopy_bandwidth: Annotated[int, _Whole(0, _U64, "bytes per second")] = 0
     avail_switchover_bandwidth: Annotated[int, _Whole(0, _U64, "bytes per second")] = 0
     downtime_limit: Annotated[int, _Whole(0, 2_000_000, "milliseconds")] = 300
     multifd_channels: Annotated[int, _Whole(1, 255, "channels")] = 2
@@ -233,7 +238,6 @@ NOT_SUPPORTED: Final[Mapping[str, object]] = {
     "tls-authz": "",
     "x-checkpoint-delay": 20000,
     "block-incremental": False,
-    "max-postcopy-bandwidth": 0,
     "block-bitmap-mapping": [],
 }
 """QEMU 7.2's other parameters and their defaults, which is all that they can be set to."""

@@ -19,6 +19,10 @@ class Passes(Protocol):
     goes over the main channel.  A batch is right until the next one is asked for.
     """
 
+    @property
+    def switches(self) -> bool:
+        """Behind the last of :meth:`parts`: whether the rest follows the machine, by postcopy."""
+
     def begin(self, write: Callable[[bytes], object]) -> None:
         """All channels are there, and the sections begin; *write* takes whole sections."""
 
@@ -37,6 +41,8 @@ class Passes(Protocol):
 
 class OnePass:
     """The memory of a machine at rest, all of it once."""
+
+    switches = False
 
     def __init__(self, machine: Outgoing, meter: Meter, cleanup: ExitStack) -> None:
         self._machine = machine

@@ -107,6 +107,9 @@ class Lead(Protocol):
     def moved(self) -> None:
         """Something was sent; called often."""
 
+    def wants_postcopy(self) -> bool:
+        """Whether the rest is to follow the machine; asked often."""
+
     def another(self, remaining: int) -> bool:
         """Whether to send so many bytes that were written while the machine runs on."""
 
@@ -133,6 +136,8 @@ class Precopy:
         self._last_block: DirtyBlock | None = None
         self._syncs = 0
         self._is_last = False
+        self.switches = False
+        """Whether the rest of memory is to follow the machine, by postcopy."""
 
     def begin(self, write: Callable[[bytes], object]) -> None:
         """Begin the sections of the machine's own handlers."""
@@ -149,7 +154,13 @@ class Precopy:
         while going_on:
             yield self._round(pages, None if self._syncs == 0 else self._lead.delta())
             self._pieces.iterate()
+            if self._lead.wants_postcopy():
+                self.switches = True
+                return
             going_on = self._lead.another(self._collect() + self._pieces.pending())
+            if self._lead.wants_postcopy():
+                self.switches = True
+                return
 
     def rest(self, pages: PageSender | None) -> Iterator[Batch]:
         """Stop the machine, and send what it wrote last."""
@@ -157,6 +168,12 @@ class Precopy:
         self._collect()
         self._is_last = True
         return self._round(pages, self._lead.delta())
+
+    def switch(self) -> list[DirtyBlock]:
+        """Stop the machine; memory, with what of it has not come to the destination."""
+        self._lead.stop()
+        self._collect()
+        return self._blocks
 
     def end(self) -> None:
         """Write what is left of the handlers' sections."""
@@ -184,6 +201,8 @@ class Precopy:
                 else:
                     yield from self._pack(block, numbers)
                 self._lead.moved()
+                if not self._is_last and self._lead.wants_postcopy():
+                    return
             base += block.memory.pages
 
     def _pack(self, block: DirtyBlock, numbers: Numbers) -> Iterator[Batch]:

@@ -27,7 +27,7 @@ from vmferry.ownership.engine import Ownership
 from vmferry.ownership.identity import Identity
 from vmferry.transports import Buffer, Channel, RateLimit, limited
 from vmferry.wire.bitmap import BitmapsEnd, BitmapStart
-from vmferry.wire.commands import OpenReturnPath, Ping
+from vmferry.wire.commands import OpenReturnPath, Ping, PostcopyAdvise
 from vmferry.wire.description import parse_description
 from vmferry.wire.disk import DiskChunk, DiskEnd, DiskProgress
 from vmferry.wire.layout import (
@@ -56,6 +56,8 @@ from .handover import SOURCE, SOURCE_OF_QEMU, Handover, Stage, Word
 from .outgoing import Outgoing
 from .page_sender import PageSender
 from .passes import OnePass, Passes
+from .postcopy.server import RamFormat
+from .postcopy.way import Way
 from .progress import Meter
 from .takeover import ANNOUNCE, GO, GRANTED, OWNED, keeping_the_machine
 from .verdict import Verdict
@@ -68,6 +70,9 @@ _CANCELLED: Final = "the migration was cancelled on this side"
 _DYING: Final = 1.0
 """Seconds that a process may take to end after its connections did."""
 
+_SWITCHING: Final = 2
+"""A ping, as QEMU numbers them, before memory follows the machine."""
+
 _NOBODY: Final = UUID(int=0)
 
 
@@ -75,13 +80,17 @@ _NOBODY: Final = UUID(int=0)
 class SendOptions:
     """How to send: ``multifd`` channels (0 for none), their compression, and the limits.
 
-    ``return_path`` is whether to ask for the destination's word, where the transport can carry it.
-    ``bandwidth`` in bytes per second over all channels, ``None`` without limit.  ``idle`` is how
-    many seconds the destination may read nothing while there is something to read, ``answer`` how
-    many it may take to load what it was sent; ``None`` is for ever.
+    ``postcopy`` announces that memory may follow the machine, ``preempt`` opens a channel of its
+    own for what is urgent then.  ``return_path`` is whether to ask for the destination's word,
+    where the transport can carry it.  ``bandwidth`` in bytes per second over all channels, ``None``
+    without limit.  ``idle`` is how many seconds the destination may read nothing while there is
+    something to read, ``answer`` how many it may take to load what it was sent; ``None`` is for
+    ever.
     """
 
     multifd: int = 0
+    postcopy: bool = False
+    preempt: bool = False
     method: Method = Method.NONE
     level: int = 1
     return_path: bool = True
@@ -113,8 +122,9 @@ class Source:
     """Sends *machine*; *connect* opens one more connection to the destination.
 
     *passes* is the memory of a machine that still runs; then the machine is handed over as in
-    :mod:`.handover`, where the transport has a way back.  *ownership* is the record of who owns it,
-    if it has one; where something fails, :meth:`Ownership.undo` is the caller's.
+    :mod:`.handover`, where the transport has a way back.  *follow* goes on where *passes* switches
+    to postcopy.  *ownership* is the record of who owns it, if it has one; where something fails,
+    :meth:`Ownership.undo` is the caller's.
     """
 
     def __init__(
@@ -125,11 +135,13 @@ class Source:
         options: SendOptions | None = None,
         meter: Meter | None = None,
         passes: Passes | None = None,
+        follow: Callable[[Way, RamFormat], None] | None = None,
         ownership: Ownership | None = None,
     ) -> None:
         self._machine = machine
         self._ownership = ownership
         self._passes = passes
+        self._follow = follow
         self._connect = connect
         self._options = options or SendOptions()
         self._meter = meter or Meter()
@@ -138,6 +150,8 @@ class Source:
         self._channels: list[Channel] = []
         self._cancelled = False
         self.handover = Handover(SOURCE)
+        self.has_switched = False
+        """Whether memory follows the machine, by postcopy."""
         taken = machine.numbers
         free = (number for number in range(1 << 20) if number not in taken)
         self._disk, self._ram, self._bitmap = (next(free) for _ in range(3))
@@ -161,6 +175,7 @@ class Source:
 
     def _run(self) -> None:
         with ExitStack() as cleanup:
+            self._cleanup = cleanup
             main = self._main = self._open(cleanup)
             self._answered = main.duplex and self._options.return_path
             if not self._answered:
@@ -175,9 +190,10 @@ class Source:
             reach("connected")
             try:
                 self._send_all(cleanup)
-                if self._answered:
+                if self._answered and not self.has_switched:
                     self._conclude()
-                main.end_of_data()
+                if not self.has_switched:
+                    main.end_of_data()
             except BaseException as error:
                 refusal = None
                 if isinstance(error, TransportError) and self._answered and not self._cancelled:
@@ -203,7 +219,7 @@ class Source:
             if self._ownership is not None:
                 if ready is None:
                     raise PeerError("the destination heeds no record of who owns the machine")
-                self._ownership.grant(self._is_off)
+                self._ownership.grant(self.is_off)
             if not self.handover.hear(Word.READY):
                 raise ChannelClosed(_CANCELLED)
         if ready is not None:
@@ -267,7 +283,15 @@ class Source:
             channel.shutdown()
         return True
 
-    def _is_off(self) -> bool:
+    def abandon(self) -> None:
+        """Break off, from any thread, though the machine may need this side."""
+        self._cancelled = True
+        self.limit.shutdown()
+        for channel in list(self._channels):
+            channel.shutdown()
+
+    def is_off(self) -> bool:
+        """Whether nobody wants the migration any more."""
         return self._cancelled or self.handover.stage == Stage.RESUMED
 
     def _check_cancelled(self) -> None:
@@ -294,17 +318,25 @@ class Source:
             if self._ownership is not None:
                 token = self._ownership.prepare()
                 self._send(*map(Ping, (OWNED, token >> 32, token & 0xFFFFFFFF)))
+        urgent = None
+        if self._options.postcopy:
+            self._check_postcopy()
+            urgent = self._open(cleanup) if self._options.preempt else None
+            self._send(PostcopyAdvise(machine.page_size, machine.page_size))
         if self._options.multifd:
             self._pages = self._open_pages(cleanup)
         self._send_starts()
         passes.begin(lambda section: self._send_bytes([section]))
         self._send_bytes(machine.early)
         self._send_disks()
-        self._send_ram(passes)
+        self._send_parts(passes)
+        if passes.switches and self._follow is not None:
+            return self._switch(urgent, self._follow)
+        self._send_rest(passes)
         self._send_ends()
         self._meter.phase("device")
         if self._ownership is not None:
-            self._ownership.offer(self._is_off)
+            self._ownership.offer(self.is_off)
         self._send_bytes(machine.devices)
         reach("devices-sent")
         if self.handover.hear(Word.SENT) is None and self._passes is not None:
@@ -312,6 +344,34 @@ class Source:
         self._send(EndOfStream())
         if (text := machine.description) is not None:
             self._send_bytes([bytes([Kind.DESCRIPTION]) + len(text).to_bytes(4), text])
+        return None
+
+    def _check_postcopy(self) -> None:
+        if not self._answered:
+            raise UsageError(
+                "postcopy-ram needs a connection that the destination can answer on, and"
+                " return-path: use tcp: or unix:"
+            )
+
+    def _switch(self, urgent: Channel | None, follow: Callable[[Way, RamFormat], None]) -> None:
+        """Let the machine run there, and its memory follow."""
+        options, machine = self._options, self._machine
+        # When that is answered all that was sent before is in its place, and the machine need not
+        # stand still while it goes there.
+        self._send(Ping(_SWITCHING))
+        heeds = self._verdict.heeds_go(_SWITCHING, options.answer)
+        self.has_switched = True
+        way = Way(self._main, urgent, options.idle, options.answer, heeds)
+        follow(way, RamFormat(self._ram, machine.page_size, machine.footers))
+
+    def reconnect(self, connect: Connect) -> tuple[Channel, Channel | None]:
+        """Open the channels of postcopy once more, by *connect*, in the thread of :meth:`run`."""
+        for channel in self._channels:
+            channel.close()
+        self._channels.clear()
+        self._connect = connect
+        self._main = self._open(self._cleanup)
+        return self._main, self._open(self._cleanup) if self._options.preempt else None
 
     def _open_pages(self, cleanup: ExitStack) -> PageSender:
         configuration = self._machine.configuration
@@ -358,10 +418,12 @@ class Source:
                 yield DiskChunk(name, number * (DISK_CHUNK_SIZE // SECTOR), data)
         yield DiskEnd()
 
-    def _send_ram(self, passes: Passes) -> None:
+    def _send_parts(self, passes: Passes) -> None:
         for part in passes.parts(self._pages):
             self._ram_section(SectionPart(self._ram, RAM_SECTION), part)
             reach("round-sent")
+
+    def _send_rest(self, passes: Passes) -> None:
         self._ram_section(SectionEnd(self._ram, RAM_SECTION), passes.rest(self._pages))
         passes.end()
 

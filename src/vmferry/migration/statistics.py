@@ -1,7 +1,7 @@
 """What a migration has done so far, as ``query-migrate`` tells it.
 
 QEMU 7.2 ``fill_source_migration_info`` in ``migration/migration.c``, and ``qapi/migration.json``
-for names and units.  What there cannot be here (postcopy, zero-copy, skipped pages) is 0.
+for names and units.  What there cannot be here (zero-copy, skipped pages) is 0.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from .capabilities import Capability
 from .parameters import Parameters
+from .postcopy.server import Service
 from .progress import INTERVAL, Counters, Meter, Progress, Report
 from .status import UNDER_WAY, Status
 
@@ -59,6 +60,10 @@ class Statistics(Meter):
         self._set_up: float | None = None
         self._stopped: float | None = None
         self._finished: float | None = None
+        self._runs_there: float | None = None
+        self._before_postcopy: int | None = None
+        self.service = Service()
+        """What was asked for in postcopy."""
         self._remaining = 0
         self._dirty_rate = 0.0
         self._expected: float | None = None
@@ -93,6 +98,14 @@ class Statistics(Meter):
         """The machine was stopped for the switchover: the downtime begins."""
         self._before_stop = self.counters().transferred
         self._stopped = self._clock()
+
+    def switched(self) -> None:
+        """From here on memory follows the machine."""
+        self._before_postcopy = self.counters().transferred
+
+    def runs_there(self) -> None:
+        """The destination runs the machine, and its memory follows: the downtime is over."""
+        self._runs_there = self._clock()
 
     def finished(self) -> None:
         """The destination runs the machine: downtime and total time are over."""
@@ -130,7 +143,8 @@ class Statistics(Meter):
         """Seconds for which the machine stands still, or stood still; 0.0 before that."""
         if self._stopped is None:
             return 0.0
-        return (self._clock() if self._finished is None else self._finished) - self._stopped
+        moments = (self._runs_there, self._finished, self._clock())
+        return next(moment for moment in moments if moment is not None) - self._stopped
 
     def query(
         self,
@@ -163,7 +177,7 @@ class Statistics(Meter):
             "total-time": _milliseconds(until - self._began),
             "setup-time": _milliseconds(setup),
         }
-        if status in _DONE:
+        if status in _DONE or self._runs_there is not None:
             return times | {"downtime": _milliseconds(self.downtime)}
         # Until something is known it is what was asked for.
         expected = self._expected
@@ -174,6 +188,8 @@ class Statistics(Meter):
         counters = self.counters()
         stopped = self._stopped is not None
         precopy = self._before_stop if stopped else counters.transferred
+        before = self._before_postcopy
+        postcopy = 0 if before is None else counters.transferred - before
         return {
             "transferred": counters.transferred,
             "remaining": self.remaining,
@@ -188,10 +204,10 @@ class Statistics(Meter):
             "page-size": self._page_size,
             "multifd-bytes": counters.multifd,
             "pages-per-second": self._pages_per_second,
-            "postcopy-requests": 0,
+            "postcopy-requests": self.service.requests,
             "precopy-bytes": precopy,
-            "downtime-bytes": counters.transferred - precopy,
-            "postcopy-bytes": 0,
+            "downtime-bytes": counters.transferred - precopy - postcopy,
+            "postcopy-bytes": postcopy,
             "dirty-sync-missed-zero-copy": 0,
         }
 

@@ -7,8 +7,8 @@ each of them a test:
 * From every status that is under way an end can be reached, and ``failed`` at once unless the
   migration is being cancelled.
 * A source may begin again from every end.  A destination is of use once.
-* A source can be cancelled while it is under way, and at no other time; what follows then is
-  ``cancelled`` and nothing else.
+* A source can be cancelled while it is under way and has the machine, and at no other time: not in
+  postcopy.  What follows then is ``cancelled`` and nothing else.
 * ``completed`` is final for the attempt: no late cancel and no late failure takes it back.
 
 Who may run the machine is not said here: a source is ``active`` before and behind the point of no
@@ -52,25 +52,33 @@ _SETUP: Final = frozenset({Status.SETUP})
 _DONE: Final = frozenset({Status.COMPLETED, Status.SENT})
 _BREAKS_OFF: Final = frozenset({Status.FAILED, Status.CANCELLING})
 
-# A source gets into no postcopy status: they are known by name, as a QEMU may be asked for its
-# status, and a row that nothing takes would only let a mistake pass.  ``colo`` and ``wait-unplug``
-# are not ours at all.
+# ``colo`` and ``wait-unplug`` are not ours.
 #
 # One row is not QEMU's: pre-switchover to failed.  A QEMU that waits there does not see that its
 # peer has gone before it is told to go on, and keeps the machine stopped as long.
 SOURCE: Final[Table] = {
     Status.NONE: _SETUP,
     Status.SETUP: frozenset({Status.ACTIVE}) | _BREAKS_OFF,
-    Status.ACTIVE: frozenset({Status.PRE_SWITCHOVER}) | _DONE | _BREAKS_OFF,
+    Status.ACTIVE: (
+        frozenset({Status.PRE_SWITCHOVER, Status.POSTCOPY_ACTIVE}) | _DONE | _BREAKS_OFF
+    ),
     Status.PRE_SWITCHOVER: frozenset({Status.DEVICE}) | _BREAKS_OFF,
-    Status.DEVICE: _DONE | _BREAKS_OFF,
+    Status.DEVICE: frozenset({Status.POSTCOPY_ACTIVE}) | _DONE | _BREAKS_OFF,
+    Status.POSTCOPY_ACTIVE: frozenset({Status.POSTCOPY_PAUSED, Status.COMPLETED, Status.FAILED}),
+    Status.POSTCOPY_PAUSED: frozenset({Status.POSTCOPY_RECOVER, Status.FAILED}),
+    Status.POSTCOPY_RECOVER: frozenset(
+        {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED}
+    ),
     Status.CANCELLING: frozenset({Status.CANCELLED}),
     Status.COMPLETED: _SETUP,
     Status.FAILED: _SETUP,
     Status.CANCELLED: _SETUP,
     Status.SENT: _SETUP,
 }
-"""A source: ``pre-switchover`` and ``device`` only with ``pause-before-switchover``."""
+"""A source: ``pre-switchover`` and ``device`` only with ``pause-before-switchover``.
+
+``postcopy-active`` from when the machine is the destination's on, ``postcopy-paused`` while that is
+lost, and ``postcopy-recover`` from when it is sought again until it goes on."""
 
 # QEMU 7.2 announces setup in an event and shows it in no query; from 8.2 on it is as here.
 DESTINATION: Final[Table] = {
@@ -92,6 +100,11 @@ and ``postcopy-recover`` from when that is back until it goes on."""
 
 ENDS: Final = frozenset({Status.COMPLETED, Status.SENT, Status.FAILED, Status.CANCELLED})
 """Where a migration is over."""
+
+POSTCOPY: Final = frozenset(
+    {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER}
+)
+"""Where the machine is the destination's, and some of its memory still at the source."""
 
 UNDER_WAY: Final = frozenset(Status) - ENDS - {Status.NONE}
 """Where a migration is in progress: capabilities are fixed, and no other can begin."""

@@ -49,6 +49,9 @@ from vmferry.wire.commands import Ping
 
 ANNOUNCE: Final = int.from_bytes(b"vmfA")
 """A ping: the source hands over as above, and the numbers of its identity follow as pings."""
+HEEDS: Final = int.from_bytes(b"vmfH")
+"""A pong behind those to the identity: should the machine come by postcopy, it runs at *go*, and
+not at once as in a QEMU."""
 READY: Final = int.from_bytes(b"vmfR")
 """A pong: everything is loaded; the numbers of the destination's identity follow as pongs."""
 OWNED: Final = int.from_bytes(b"vmfO")

@@ -31,7 +31,7 @@ from vmferry.wire.return_path import (
     SwitchoverAck,
 )
 
-from .takeover import READY
+from .takeover import HEEDS, READY
 
 _LAST_WORDS: Final = 0.5
 """Seconds to look for the verdict of a destination that has broken the connection."""
@@ -72,6 +72,20 @@ class Verdict:
                 pongs.append(message.value)
             if len(pongs) > NUMBERS:
                 return Identity.from_numbers(pongs[1:])
+        raise PeerError(_LEFT)
+
+    def heeds_go(self, token: int, patience: float | None) -> bool:
+        """Wait for the answer to the ping *token*; whether the destination has said :data:`HEEDS`.
+
+        Then everything that was sent before has come, and it has nothing more to say.
+        """
+        heeds = False
+        for message in self._messages(patience):
+            _is_success(message, self._reason)
+            if isinstance(message, Pong):
+                heeds |= message.value == HEEDS
+                if message.value == token:
+                    return heeds
         raise PeerError(_LEFT)
 
     def await_success(self, patience: float | None) -> None:

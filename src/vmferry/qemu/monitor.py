@@ -54,6 +54,7 @@ def machine_commands(
         "migrate-incoming": Command(
             lambda arguments: _incoming(control, arguments), required={"uri": str}
         ),
+        "migrate-start-postcopy": Command(lambda _arguments: control.start_postcopy()),
         "migrate-recover": Command(
             lambda arguments: _recover(control, arguments), required={"uri": str}, at_once=True
         ),
@@ -105,6 +106,7 @@ def _recover(control: Control, arguments: Object) -> None:
 
 def _migrate(control: Control, arguments: Object) -> None:
     # In QMP a migration is always detached, whatever is said.
-    if wanted := [name for name in ("blk", "inc", "resume") if arguments.get(name)]:
+    if wanted := [name for name in ("blk", "inc") if arguments.get(name)]:
         raise UsageError(f"{wanted[0]} is not supported by vmferry (yet)")
-    control.migrate(arguments["uri"])
+    begin = control.resume if arguments.get("resume") else control.migrate
+    begin(arguments["uri"])

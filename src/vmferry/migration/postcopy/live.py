@@ -1,0 +1,280 @@
+"""The source of a machine that runs, from where it switches to postcopy on.
+
+QEMU 7.2 ``postcopy_start`` in ``migration/migration.c`` and ``migration/ram.c``.  The machine is
+stopped, the destination told to forget what of its memory is out of date, and sent the devices in
+one package; then it runs there, and its memory is served from here until all of it has gone.  Where
+the connection is lost meanwhile, the migration is paused, and goes on over another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vmferry.errors import ChannelClosed, InDoubt, Refused, VmferryError
+from vmferry.faults import reach
+from vmferry.memory import PAGE_SIZE
+from vmferry.migration.handover import Handover, Word
+from vmferry.migration.outgoing import Outgoing
+from vmferry.migration.precopy import DirtyBlock
+from vmferry.migration.progress import Meter
+from vmferry.migration.takeover import ABORT, GO, GRANTED
+from vmferry.ownership.engine import Ownership
+from vmferry.transports import Channel, RateLimit
+from vmferry.wire.commands import Package, Ping, PostcopyListen, PostcopyRun, RamDiscard
+
+from .left import Block
+from .server import LOADED, PageServer, RamFormat, Service
+from .way import Way
+
+_RANGES: Final = 12
+"""Ranges in a command, as many as QEMU puts there."""
+
+_MOST_RANGES: Final = 1 << 12
+"""Ranges told one by one: the machine stands still meanwhile."""
+
+
+class Lead(Protocol):
+    """Who leads the migration, as far as postcopy goes."""
+
+    @property
+    def service(self) -> Service:
+        """Counts what is asked for."""
+
+    @property
+    def background(self) -> RateLimit:
+        """The limit of what nobody has asked for."""
+
+    def gone(self) -> None:
+        """The machine is the destination's, and runs there: its downtime is over."""
+
+    def paused(self, error: VmferryError) -> None:
+        """The connection is lost, and the machine waits there for memory."""
+
+    def await_resume(self) -> Callable[[], tuple[Channel, Channel | None]]:
+        """Wait until somebody wants to go on; what opens the channels to go on with.
+
+        Raises :class:`ChannelClosed` where nobody will.
+        """
+
+    def resumed(self) -> None:
+        """It goes on."""
+
+
+class LiveStore:
+    """The memory of a machine that stands still."""
+
+    def __init__(self, block: DirtyBlock) -> None:
+        self._content = block.content
+        self._known = block.known
+
+    @property
+    def sums(self) -> npt.NDArray[np.uint64]:
+        """Not known."""
+        raise NotImplementedError
+
+    def read(self, offset: int, *buffers: memoryview) -> None:
+        """See :class:`~vmferry.migration.outgoing.PageStore`."""
+        for buffer in buffers:
+            buffer[:] = self._content[offset : offset + len(buffer)]
+            offset += len(buffer)
+
+    def data_from(self, offset: int) -> tuple[int, int] | None:
+        """See :class:`~.left.LazyStore`; what never had memory is zero."""
+        first = offset // PAGE_SIZE
+        some = self._known[first:] != 0
+        if not some.any():
+            return None
+        start = first + int(some.argmax())
+        none = self._known[start:] == 0
+        end = start + (int(none.argmax()) if none.any() else len(none))
+        return start * PAGE_SIZE, end * PAGE_SIZE
+
+
+def left_of(blocks: Sequence[DirtyBlock]) -> list[Block]:
+    """What is still to be sent of memory, some of which the destination has."""
+    found = []
+    for dirty in blocks:
+        block = Block(dirty.block, LiveStore(dirty), PAGE_SIZE)
+        bits = np.unpackbits(dirty.dirty.view(np.uint8), bitorder="little")
+        block.sent = bits[: dirty.memory.pages] == 0
+        found.append(block)
+    return found
+
+
+def discards(blocks: Sequence[Block]) -> Iterator[RamDiscard]:
+    """Have the destination forget what is out of date there; at least one, or it is not ready.
+
+    Where that is very many small ranges, some of what lies between them goes with them.
+    """
+    if all(block.sent.all() for block in blocks):
+        blocks[0].sent[0] = False
+    for block in blocks:
+        starts, ends = _ranges(~block.sent)
+        gap = 1
+        while len(starts) > _MOST_RANGES:
+            gap *= 2
+            near = np.flatnonzero(starts[1:] - ends[:-1] <= gap)
+            for one in near.tolist():
+                block.sent[ends[one] : starts[one + 1]] = False
+            starts, ends = np.delete(starts, near + 1), np.delete(ends, near)
+        sizes = ((ends - starts) * block.unit).tolist()
+        ranges = list(zip((starts * block.unit).tolist(), sizes, strict=True))
+        for first in range(0, len(ranges), _RANGES):
+            yield RamDiscard(block.ram.name, tuple(ranges[first : first + _RANGES]))
+
+
+def _ranges(
+    flags: npt.NDArray[np.bool_],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
+    return edges[::2].astype(np.int64), edges[1::2].astype(np.int64)
+
+
+class Follow:
+    """Gives *machine*, which stands still, to the destination, and sends what is left of *blocks*.
+
+    *is_off* says whether somebody wants no migration any more, as long as that counts.
+    """
+
+    def __init__(
+        self,
+        machine: Outgoing,
+        blocks: Sequence[Block],
+        ram: RamFormat,
+        way: Way,
+        *,
+        lead: Lead,
+        handover: Handover,
+        ownership: Ownership | None,
+        meter: Meter,
+        is_off: Callable[[], bool],
+    ) -> None:
+        self._machine = machine
+        self._blocks = blocks
+        self._way = way
+        self._lead = lead
+        self._handover = handover
+        self._ownership = ownership
+        self._meter = meter
+        self._is_off = is_off
+        self._server = PageServer(
+            blocks,
+            ram,
+            idle=way.idle,
+            answer=way.answer,
+            limit=lead.background,
+            meter=meter,
+            service=lead.service,
+            given_up=is_off,
+        )
+
+    def run(self) -> None:
+        """Return once the destination has everything.
+
+        Raises what went wrong; the handover says whose the machine is then.
+        """
+        self._server.attach(self._way.main, self._way.urgent)
+        if self._ownership is not None:
+            self._ownership.offer(self._is_off)
+        self._send_package()
+        try:
+            self._give()
+        except Refused:
+            self._handover.hear(Word.REFUSED)
+            raise
+        except VmferryError as error:
+            if self._handover.hear(Word.LOST) is None or self._handover.may_run:
+                raise
+            raise InDoubt(
+                f"the destination was sent the machine and did not say that it has loaded it"
+                f" ({error}); it stays stopped here until an operator who knows that it does not"
+                " run there starts it"
+            ) from error
+        self._lead.gone()
+        self._meter.phase("postcopy-active")
+        self._serve()
+        self._handover.hear(Word.SHUT)
+        if self._ownership is not None:
+            self._ownership.given()
+
+    def _send_package(self) -> None:
+        package = [
+            PostcopyListen().encode(),
+            *map(bytes, self._machine.devices),
+            Ping(LOADED).encode(),
+            PostcopyRun().encode(),
+        ]
+        self._server.send([command.encode() for command in discards(self._blocks)])
+        reach("discards-sent")
+        self._hear(Word.SENT)
+        if not self._way.heeds:
+            self._hear(Word.READY)  # it runs what it has loaded, and says so afterwards
+        self._server.send([Package(b"".join(package)).encode()])
+        self._server.begin()
+        reach("package-sent")
+
+    def _hear(self, word: Word) -> None:
+        if self._handover.hear(word) is None:
+            raise ChannelClosed("the migration was cancelled on this side")
+
+    def _give(self) -> None:
+        """Hear that it is loaded, and let go of the machine."""
+        server = self._server
+        server.await_loaded()
+        if not self._way.heeds:
+            return
+        try:
+            server.await_ready()
+            reach("ready-heard")
+            if self._ownership is not None:
+                self._ownership.grant(self._is_off)
+            self._hear(Word.READY)
+        except VmferryError:
+            self._abort()
+            raise
+
+    def _abort(self) -> None:
+        """Tell the destination, where that is possible; else it stays paused."""
+        with suppress(VmferryError):
+            self._server.interject(Ping(ABORT))
+
+    def _serve(self) -> None:
+        server, says_go = self._server, self._way.heeds
+        while True:
+            try:
+                if says_go:
+                    says_go = False  # a source that resumes has said so
+                    server.interject(Ping(GO if self._ownership is None else GRANTED))
+                    reach("go-said")
+                server.serve()
+                return server.finish()
+            except (ChannelClosed, Refused):
+                raise
+            except VmferryError as error:
+                self._go_on(error)
+
+    def _go_on(self, error: VmferryError) -> None:
+        """Wait for another connection, and for the destination to say what it has."""
+        while True:
+            self._meter.phase("postcopy-paused")
+            self._lead.paused(error)
+            connect = self._lead.await_resume()
+            self._meter.phase("postcopy-recover")
+            try:
+                self._server.attach(*connect())
+                reach("reconnected")
+                self._server.resume()
+                self._server.begin()
+            except ChannelClosed:
+                raise
+            except VmferryError as again:
+                error = again
+                continue
+            self._lead.resumed()
+            self._meter.phase("postcopy-active")
+            return
