@@ -1,5 +1,7 @@
 """``make soak``: 200 moves on KVM where there is one, and 200 on the Unicorn emulator.
 
+And on each half as many by postcopy, where the connection and the pager are lost by chance.
+
 ``SOAK_MOVES`` is another number, ``SOAK_KINDS`` other kinds of machines (``auto unicorn mixed``),
 ``SOAK_SEED`` makes the same choices again.
 """
@@ -12,10 +14,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from random import Random
 
+from tests.machines.hosted import MIB, Hosted, config
+from tests.machines.lazily import Waiting, restore_with_losses, saved
 from tests.soak.journey import Journey
+from vmferry.machines import usable_kind
 
 _LEAST, _MOST = 5, 25
 """Moves of one guest."""
@@ -31,6 +37,10 @@ def main() -> int:
         found = soak(seed, moves, kind)
         told = ", ".join(f"{count} {status}" for status, count in sorted(found.items()))
         print(f"{kind}: {told}, nothing wrong, in {time.monotonic() - began:.0f} s", flush=True)
+        began = time.monotonic()
+        losses = restore_lazily(seed, moves // 2, kind)
+        took = f"{time.monotonic() - began:.0f} s"
+        print(f"{kind}: {moves // 2} by postcopy, {losses} losses, nothing wrong, in {took}")
     return 0
 
 
@@ -45,6 +55,33 @@ def soak(seed: str, moves: int, kind: str) -> Counter[str]:
         with tempfile.TemporaryDirectory(prefix="vmferry-soak-") as directory:
             arrived = _travel(Journey(rng, kind, Path(directory)), found, arrived, goal)
     return found
+
+
+def restore_lazily(seed: str, moves: int, kind: str) -> int:
+    """Let guests come by postcopy, and lose it by chance; how often it was lost."""
+    losses = move = 0
+    while move < moves:
+        rng = Random(f"{seed} {kind} postcopy {move}")
+        host = usable_kind() if kind in {"auto", "mixed"} else kind
+        machine = config(
+            host,
+            ram=rng.choice([16, 32, 64]) * MIB,
+            working_set=rng.choice([2, 4, 8]) * MIB,
+            cpus=rng.choice([1, 2]),
+            hot=rng.choice([0.1, 0.5, 1.0]),
+        )
+        with tempfile.TemporaryDirectory(prefix="vmferry-soak-") as home, ExitStack() as stack:
+            checkpoint = saved(Hosted(machine, stack), Path(home), stack)
+            for _ in range(min(10, moves - move)):
+                preempt = rng.random() < 0.5
+                names = ["postcopy-preempt"] if preempt else []
+                with tempfile.TemporaryDirectory(dir=home) as place, ExitStack() as its:
+                    there = Waiting(Hosted(machine, its), its, *names)
+                    losses += restore_with_losses(checkpoint, there, Path(place), rng, preempt)
+                    there.is_whole()
+                move += 1
+                print(f"  {move:4} by postcopy, {losses} losses", flush=True)
+    return losses
 
 
 def _travel(journey: Journey, found: Counter[str], arrived: int, goal: int) -> int:

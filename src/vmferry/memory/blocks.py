@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.errors import UsageError, VmferryError, printable
-from vmferry.images.holes import punch
 from vmferry.units import format_size
 
 from .holes import PAGE_SIZE, REGION, next_populated, populated
@@ -23,6 +22,9 @@ from .mapping import Mapping
 
 _MAX_NAME: Final = 255
 """Bytes of a name: its length is one byte on the wire (QEMU 7.2 ``migration/ram.c``)."""
+
+_REMOVE: Final = 9
+"""``MADV_REMOVE``: a hole in what is mapped."""
 
 _POPULATE_READ: Final = 22
 _POPULATE_WRITE: Final = 23
@@ -120,7 +122,7 @@ class MemoryBlock:
     def discard(self, start: int, length: int) -> None:
         """Give up *length* bytes from *start* on: they have no memory, and are zero."""
         with _refusal(self.name, length):
-            punch(self.fd, start, length)
+            self._mappings[self.address].advise(_REMOVE, start, length)
 
     def map_again(self) -> int:
         """One more mapping of the block; its address.  See :meth:`GuestMemory.map_for_vcpus`."""
