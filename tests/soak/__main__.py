@@ -66,7 +66,7 @@ def restore_lazily(seed: str, moves: int, kind: str) -> int:
         machine = config(
             host,
             ram=rng.choice([16, 32, 64]) * MIB,
-            working_set=rng.choice([2, 4, 8]) * MIB,
+            working_set=rng.choice([4, 6, 8]) * MIB,
             cpus=rng.choice([1, 2]),
             hot=rng.choice([0.1, 0.5, 1.0]),
         )

@@ -13,7 +13,7 @@ from .buffer import ChannelReader, Parse, within
 from .commands import Command, Ping, PostcopyResume, ReceivedBitmap, command_name, parse_command
 from .layout import RAM_SECTION, Kind
 from .ram import RamBlock, RamReader
-from .sections import EndOfStream, SectionFooter
+from .sections import EndOfStream, SectionEnd, SectionFooter, SectionPart
 
 _CAPACITY: Final = 1 << 20
 
@@ -37,8 +37,8 @@ class PostcopyReader(ChannelReader[Any]):
     """Reads the main channel behind the package, up to its end.
 
     In a *recovery*, on a connection of its own, the source may ask what arrived
-    (``ReceivedBitmap``) and says that it goes on (``PostcopyResume``).  Events are
-    :class:`~.ram.RamPages`, commands, and :class:`~.sections.EndOfStream`.
+    (``ReceivedBitmap``) and says that it goes on (``PostcopyResume``).  Events are those of
+    :class:`~.reader.StreamReader`.
     """
 
     def __init__(self, start: Continuation, *, recovery: bool = False) -> None:
@@ -77,13 +77,18 @@ class PostcopyReader(ChannelReader[Any]):
         if number != self._section or self._has_ended:
             raise at.fail(f"section {self._section}, which has not ended", str(number))
         at.buffer.advance(5)
-        yield from self._ram.body(at)
         self._has_ended = kind == Kind.END
+        part = SectionEnd if self._has_ended else SectionPart
+        yield part(number, RAM_SECTION)
+        yield from self._ram.body(at)
         if self._footers:
-            footer = SectionFooter(number).encode()
-            found = yield from at.take(len(footer), "a section's footer")
-            if found != footer:
-                raise at.fail(f"the footer {footer.hex(' ')}", found.hex(" "))
+            footer = SectionFooter(number)
+            yield from at.need(5, "a section's footer")
+            found = bytes(at.buffer.peek(5))
+            if found != footer.encode():
+                raise at.fail(f"the footer {footer.encode().hex(' ')}", found.hex(" "))
+            at.buffer.advance(5)
+            yield footer
 
     def _command(self) -> Parse[None]:
         offset = self.buffer.offset
