@@ -192,3 +192,9 @@ def test_cancel_is_too_late_once_it_has_gone(pair: Make) -> None:
     moving.source.cancel()
     assert moving.source.status is Status.POSTCOPY_ACTIVE
     moving.is_whole()
+
+
+def test_multifd_is_refused_with_it(pair: Make) -> None:
+    moving = pair("unicorn", "multifd")
+    with pytest.raises(UsageError, match="multifd"):
+        moving.source.migrate("unix:/nowhere")

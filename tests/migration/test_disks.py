@@ -258,6 +258,10 @@ class Process:
     def wait_death(self) -> None:
         assert self._process.wait(LONG) == -signal.SIGKILL
 
+    def wait_end(self) -> None:
+        """It gives up waiting for a machine, and ends as a QEMU does."""
+        assert self._process.wait(LONG) > 0
+
 
 @contextmanager
 def pair(path: Path, *, source: str = "", destination: str = "") -> Iterator[tuple[Process, ...]]:
@@ -288,8 +292,7 @@ def afterwards(path: Path) -> int:
 def test_source_that_dies_leaves_a_disk_that_can_be_used(tmp_path: Path, point: str) -> None:
     with pair(tmp_path, source=f"{point}:kill") as (source, destination):
         source.wait_death()
-        wait_until(lambda: destination.status() == "failed", LONG)
-        assert destination.run_state != "running"
+        destination.wait_end()
     last = afterwards(tmp_path)
     with Process(tmp_path / "machine.toml", tmp_path / "again") as again:
         wait_until(lambda: again.run_state == "running", LONG)

@@ -113,10 +113,6 @@ def _check_postcopy(wanted: Set[Capability]) -> None:
         if Capability.POSTCOPY_PREEMPT in wanted:
             raise UsageError("postcopy-preempt needs postcopy-ram: turn that on as well")
         return
-    if Capability.RETURN_PATH not in wanted:
-        raise UsageError("postcopy-ram needs return-path, on which memory is asked for")
-    if Capability.MULTIFD in wanted:
-        raise UsageError("postcopy-ram cannot be on with multifd: turn one of them off")
     if Capability.IGNORE_SHARED in wanted:
         raise UsageError("postcopy-ram cannot be on with x-ignore-shared: turn one of them off")
     if Capability.POSTCOPY_PREEMPT in wanted and Capability.COMPRESS in wanted:

@@ -163,15 +163,19 @@ class LiveSource:
     def _options(self, capabilities: frozenset[Capability]) -> SendOptions:
         now = self._parameters()
         multifd = Capability.MULTIFD in capabilities
+        postcopy = Capability.POSTCOPY_RAM in capabilities
+        if multifd and postcopy:
+            # QEMU 7.2 takes it, later ones refuse it too.
+            raise UsageError("postcopy-ram cannot be on with multifd: turn one of them off")
         method = now.multifd_compression.method if multifd else Method.NONE
         levels = {Method.ZLIB: now.multifd_zlib_level, Method.ZSTD: now.multifd_zstd_level}
         return SendOptions(
             multifd=now.multifd_channels if multifd else 0,
-            return_path=Capability.RETURN_PATH in capabilities,
+            return_path=postcopy or Capability.RETURN_PATH in capabilities,
             method=method,
             level=levels.get(method, 0),
             bandwidth=now.max_bandwidth or None,
-            postcopy=Capability.POSTCOPY_RAM in capabilities,
+            postcopy=postcopy,
             preempt=Capability.POSTCOPY_PREEMPT in capabilities,
             idle=now.idle_deadline or None,
             answer=now.answer_deadline or None,
