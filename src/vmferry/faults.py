@@ -29,8 +29,10 @@ POINTS: Final = frozenset(
         "ready-heard",
         "go-said",
         "shut-heard",
+        "discards-sent",
         "package-sent",
         "loaded-heard",
+        "reconnected",
         # of a destination
         "memory-known",
         "pages-stored",

@@ -388,6 +388,8 @@ class Control:
                 parameters=self.parameters,
                 error=None if self._error is None else str(self._error),
             )
+            if status is Status.POSTCOPY_PAUSED and self._source is not None:
+                info["error-desc"] = self._source.paused_for
             stalled = self._stall and status in UNDER_WAY
             return info | ({"x-vmferry-stall": self._stall} if stalled else {})
 

@@ -105,6 +105,8 @@ class LiveSource:
         self.background = RateLimit(self._parameters().max_postcopy_bandwidth or None)
         """The limit of memory that nobody has asked for, in postcopy."""
         self._connects: SimpleQueue[Connect | None] = SimpleQueue()
+        self.paused_for = ""
+        """Why a postcopy was paused the last time."""
         self.has_stopped = False
         """Whether the migration keeps the machine from running."""
 
@@ -259,6 +261,7 @@ class LiveSource:
 
     def paused(self, error: VmferryError) -> None:
         """See :class:`~.postcopy.live.Lead`."""
+        self.paused_for = str(error)
         self._track.move(Status.POSTCOPY_PAUSED)
         self._tell(
             Warned(

@@ -22,7 +22,8 @@ and may flow before the last word; *go* is a ping in the main channel between tw
     memory, discards, package         -->  loads the devices, asks for pages that they touch
                                       <--  PONG 3 (the ping in the package): all is loaded
                                       <--  PONG ready, PONG identity ...
-    PING go                           -->  the machine is the destination's from here on, and runs
+    PING go                           -->  the machine is the destination's from here on
+                                      <--  PONG go, and the machine runs
     memory ... end                    -->
                                       <--  SHUT 0: everything has come
 

@@ -36,7 +36,7 @@ from vmferry.wire.commands import (
     RamDiscard,
 )
 from vmferry.wire.postcopy import Continuation
-from vmferry.wire.return_path import Message
+from vmferry.wire.return_path import Message, Pong
 
 from .missing import MISSING, Marks
 from .pager_process import PagerProcess
@@ -207,13 +207,30 @@ class PostcopyDestination:
         while taken is None or not taken():
             match self._step(None if taken is None else _ASK):
                 case {"event": "word", "value": value} if value == GO and taken is None:
-                    return
+                    if self._has_answered():
+                        return
                 case {"event": "resumed"} if taken is None:
                     return
                 case {"event": "word", "value": value} if value == ABORT:
                     raise PeerError("the source has taken its machine back")
                 case {"event": "done"} if taken is None:
                     raise PeerError("the source has ended without giving its machine away")
+
+    def _has_answered(self) -> bool:
+        """Answer *go*, and see it on its way; false where the source is lost before.
+
+        A source that was not answered knows by the end of this side's process that the machine has
+        not run here.
+        """
+        self.say(Pong(GO))
+        if self._pager is not None:
+            self._pager.flush()
+        while True:
+            match self._step(None):
+                case {"event": "said"}:
+                    return True
+                case {"event": "paused" | "gone"}:
+                    return False
 
     # While it runs
 

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.errors import ChannelClosed, InDoubt, Refused, VmferryError
+from vmferry.errors import ChannelClosed, InDoubt, PeerError, Refused, VmferryError
 from vmferry.faults import reach
 from vmferry.memory import PAGE_SIZE
 from vmferry.migration.handover import Handover, Word
@@ -24,12 +24,16 @@ from vmferry.migration.precopy import DirtyBlock
 from vmferry.migration.progress import Meter
 from vmferry.migration.takeover import ABORT, GO, GRANTED
 from vmferry.ownership.engine import Ownership
+from vmferry.ownership.identity import Identity
 from vmferry.transports import Channel, RateLimit
 from vmferry.wire.commands import Package, Ping, PostcopyListen, PostcopyRun, RamDiscard
 
 from .left import Block
 from .server import LOADED, PageServer, RamFormat, Service
 from .way import Way
+
+_DYING: Final = 1.0
+"""Seconds that a process may take to end after its connections did."""
 
 _RANGES: Final = 12
 """Ranges in a command, as many as QEMU puts there."""
@@ -162,6 +166,7 @@ class Follow:
         self._ownership = ownership
         self._meter = meter
         self._is_off = is_off
+        self._destination: Identity | None = None
         self._server = PageServer(
             blocks,
             ram,
@@ -195,8 +200,6 @@ class Follow:
                 f" ({error}); it stays stopped here until an operator who knows that it does not"
                 " run there starts it"
             ) from error
-        self._lead.gone()
-        self._meter.phase("postcopy-active")
         self._serve()
         self._handover.hear(Word.SHUT)
         if self._ownership is not None:
@@ -229,7 +232,7 @@ class Follow:
         if not self._way.heeds:
             return
         try:
-            server.await_ready()
+            self._destination = server.await_ready()
             reach("ready-heard")
             if self._ownership is not None:
                 self._ownership.grant(self._is_off)
@@ -244,19 +247,46 @@ class Follow:
             self._server.interject(Ping(ABORT))
 
     def _serve(self) -> None:
-        server, says_go = self._server, self._way.heeds
+        server = self._server
+        try:
+            self._say_go()
+        except (ChannelClosed, Refused):
+            raise
+        except VmferryError as error:
+            if self._handover.may_run:
+                raise
+            self._lead.gone()
+            self._go_on(error)
+        else:
+            self._lead.gone()
+            self._meter.phase("postcopy-active")
         while True:
             try:
-                if says_go:
-                    says_go = False  # a source that resumes has said so
-                    server.interject(Ping(GO if self._ownership is None else GRANTED))
-                    reach("go-said")
                 server.serve()
                 return server.finish()
             except (ChannelClosed, Refused):
                 raise
             except VmferryError as error:
                 self._go_on(error)
+
+    def _say_go(self) -> None:
+        server, destination = self._server, self._destination
+        if destination is None:
+            return
+        try:
+            server.interject(Ping(GO if self._ownership is None else GRANTED))
+            reach("go-said")
+            if self._ownership is None:
+                server.await_taken()
+        except VmferryError as error:
+            # Over a direct connection nothing is lost that was said before the process ended.
+            direct = self._way.main.peer_pid == destination.pid and self._ownership is None
+            if direct and destination.dies_within(_DYING):
+                server.drain()
+                if not server.is_taken:
+                    self._handover.hear(Word.GONE)
+                    raise PeerError("the destination died before it took the machine") from error
+            raise
 
     def _go_on(self, error: VmferryError) -> None:
         """Wait for another connection, and for the destination to say what it has."""

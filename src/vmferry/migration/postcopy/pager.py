@@ -13,8 +13,10 @@ Both sides talk over a socket in messages of JSON, with descriptors beside them:
     urgent                  preempt                the preempt channel that belongs to it
     keep                                           a loss of the source is a pause from now on
     say     data                                   send it to the source
+    flush                                          tell when all of that is on its way
 
     kept                    faults                 the answer to "keep"
+    said                                           the answer to "flush", unless it is lost before
     word    value                                  a ping with a value of "words", once each
     resumed                                        the source goes on, after a recovery
     paused  reason                                 the source is lost, and can come back
@@ -103,6 +105,7 @@ class Pager:
         self._unsent = bytearray()
         self._last_asked: str | None = None
         self._asks = False
+        self._owes_word = False
         self._keeps = False
         self._is_done = False
 
@@ -180,6 +183,10 @@ class Pager:
             pass
         except OSError:
             self._unsent.clear()  # reading, which meets what came before, tells why
+            self._owes_word = False
+        if self._owes_word and not self._unsent:
+            self._owes_word = False
+            self._tell("said")
         if not link.reader.finished:
             wanted = select.POLLIN | (select.POLLOUT if self._unsent else 0)
             self._poll.modify(link.sock, wanted)
@@ -242,7 +249,7 @@ class Pager:
                     self._poll.unregister(link.sock)
                 link.sock.close()
         self._main = self._urgent = None
-        self._asks = False
+        self._asks = self._owes_word = False
         self._unsent.clear()
         if self._is_done:
             return
@@ -308,6 +315,9 @@ class Pager:
                 self._tell("kept", descriptors=[self._faults])
             case {"do": "say", "data": data}:
                 self._send(bytes.fromhex(data))
+            case {"do": "flush"}:
+                self._owes_word = self._main is not None
+                self._flush()
 
     def _tell(self, event: str, *, descriptors: Sequence[int] = (), **more: Any) -> None:
         data = json.dumps({"event": event} | more).encode()

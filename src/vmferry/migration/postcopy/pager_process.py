@@ -85,6 +85,10 @@ class PagerProcess:
         """Send *data* to the source."""
         self._tell("say", data=data.hex())
 
+    def flush(self) -> None:
+        """Have it tell ``said`` when all that it was to say is on its way."""
+        self._tell("flush")
+
     def close(self) -> None:
         """Let it end, when it has sent what was said."""
         with suppress(OSError):

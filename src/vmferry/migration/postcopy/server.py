@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-from vmferry.errors import ChannelClosed, PeerError, PeerSilent, Refused, TransportError
+from vmferry.errors import (
+    ChannelClosed,
+    PeerError,
+    PeerSilent,
+    Refused,
+    TransportError,
+    VmferryError,
+)
 from vmferry.faults import reach
 from vmferry.migration.progress import Meter
-from vmferry.migration.takeover import READY
+from vmferry.migration.takeover import GO, READY
 from vmferry.ownership.identity import NUMBERS, Identity
 from vmferry.transports import Channel, RateLimit
 from vmferry.units import format_duration
@@ -42,6 +50,9 @@ LOADED: Final = 3
 
 _LOOK: Final = 0.1
 """Seconds between two looks at whether it was given up, or a limit was changed."""
+
+_LAST_WORDS: Final = 0.5
+"""Seconds to look for what a destination that has gone had said."""
 
 _KEEP: Final = 64 << 10
 """Bytes of the background that may wait in the socket in front of an urgent page."""
@@ -106,6 +117,8 @@ class PageServer:
         self.left = Left(blocks)
         self._began = self._received = 0.0
         self._ready: list[int] = []
+        self.is_taken = False
+        """Whether the destination has heard *go*, so that the machine may have run there."""
         self._reason = ""
 
     def attach(self, main: Channel, urgent: Channel | None = None) -> None:
@@ -164,6 +177,17 @@ class PageServer:
         while len(self._ready) <= NUMBERS:
             self._turn(sending=True)
         return Identity.from_numbers(self._ready[1:])
+
+    def await_taken(self) -> None:
+        """Return once the destination has heard *go*."""
+        while not self.is_taken:
+            self._turn(sending=True)
+
+    def drain(self) -> None:
+        """Hear what was said before the connection ended."""
+        with suppress(VmferryError):
+            while not self.is_taken:
+                self._hear(self._await(time.monotonic() + _LAST_WORDS))
 
     def serve(self) -> None:
         """Answer requests, and send the rest where there are none, until there is no more."""
@@ -272,8 +296,10 @@ class PageServer:
                 service.loaded = time.perf_counter() - self._began
                 self._loaded()
                 reach("loaded-heard")
-            case Pong(value) if self._ready or value == READY:
+            case Pong(value) if value == READY or 0 < len(self._ready) <= NUMBERS:
                 self._ready.append(value)
+            case Pong(value) if value == GO and self._ready:
+                self.is_taken = True
             case Pong() | SwitchoverAck():
                 pass
             case Reason(text):

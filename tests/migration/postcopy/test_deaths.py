@@ -1,0 +1,155 @@
+"""A process dies, freezes or fails at a named point of a move whose memory comes later.
+
+The processor of the machine is a thread in Python: when it misses a page it holds the interpreter
+lock of its process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.migration.hosted import Hosted
+from tests.migration.relay import Relay
+from tests.transports.support import wait_until
+from vmferry import TransportError
+from vmferry.memory import faults
+
+NO_FAULTS = faults.missing(kernel=False)
+pytestmark = pytest.mark.skipif(NO_FAULTS is not None, reason=str(NO_FAULTS))
+
+BEFORE_GO = ["stopped", "discards-sent", "package-sent", "loaded-heard", "ready-heard"]
+SLOW = {"max_bandwidth": 1 << 20, "max_postcopy_bandwidth": 1 << 20}
+SHORT = {"x_vmferry_answer_deadline": 2.0, "x_vmferry_idle_deadline": 2.0}
+
+
+class Pair:
+    def __init__(self, stack: ExitStack, path: Path) -> None:
+        self._stack = stack
+        self._path = path
+
+    def begin(
+        self,
+        *,
+        source: str = "",
+        destination: str = "",
+        relayed: bool = False,
+        **parameters: object,
+    ) -> tuple[Hosted, Hosted]:
+        """Begin to move a machine; *source* and *destination* are what is to go wrong there.
+
+        *relayed*: over a connection that can be cut.
+        """
+        there = self._stack.enter_context(
+            Hosted(self._path / "there", "destination", fault=destination)
+        )
+        here = self._stack.enter_context(Hosted(self._path / "here", "source", fault=source))
+        states = [{"capability": "postcopy-ram", "state": True}]
+        for side in (here, there):
+            side.qmp.execute("migrate-set-capabilities", {"capabilities": states})
+        here.set(**(SLOW | parameters))
+        there.set(**parameters)
+        uri = f"unix:{self._path}/channel"
+        there.qmp.execute("migrate-incoming", {"uri": uri})
+        self.relay = self._stack.enter_context(Relay(f"unix:{self._path}/relay", uri))
+        here.qmp.execute("migrate", {"uri": self.relay.address if relayed else uri})
+        with suppress(TransportError):  # it may die before it has answered
+            here.qmp.execute("migrate-start-postcopy")
+        return here, there
+
+    def recover(self, here: Hosted, there: Hosted) -> None:
+        uri = f"unix:{self._path}/again"
+        there.qmp.execute("migrate-recover", {"uri": uri})
+        here.qmp.execute("migrate", {"uri": uri, "resume": True})
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    with ExitStack() as stack:
+        yield Pair(stack, tmp_path)
+
+
+def test_nothing_goes_wrong(pair: Pair) -> None:
+    source, destination = pair.begin()
+    source.wait_for("completed")
+    destination.wait_for("completed")
+    destination.runs_on()
+    assert source.run_state == "postmigrate"
+
+
+@pytest.mark.parametrize("point", BEFORE_GO)
+def test_source_that_dies_before_go_leaves_nothing_that_runs(pair: Pair, point: str) -> None:
+    source, destination = pair.begin(source=f"{point}:kill")
+    source.wait_death()
+    destination.wait_for("failed", "postcopy-paused")
+    assert destination.run_state == "inmigrate"
+
+
+@pytest.mark.parametrize("point", BEFORE_GO)
+def test_source_that_fails_before_go_goes_on(pair: Pair, point: str) -> None:
+    source, destination = pair.begin(source=f"{point}:fail")
+    source.wait_for("failed")
+    source.runs_on()
+    destination.wait_for("failed", "postcopy-paused")
+    assert destination.run_state == "inmigrate"
+
+
+def test_source_that_dies_behind_go_takes_the_memory_along(pair: Pair) -> None:
+    """As in every postcopy: the machine waits for what only the source had."""
+    source, destination = pair.begin(source="go-said:kill")
+    source.wait_death()
+    destination.wait_for("postcopy-paused")
+    assert "source" in destination.query()["error-desc"]
+
+
+@pytest.mark.parametrize("point", ["memory-known", "loaded", "ready-said"])
+@pytest.mark.parametrize("action", ["kill", "fail"])
+def test_destination_lost_before_it_took_the_machine_leaves_it(
+    pair: Pair, point: str, action: str
+) -> None:
+    source, destination = pair.begin(destination=f"{point}:{action}")
+    if action == "kill":
+        destination.wait_death()
+    source.wait_for("failed")
+    source.runs_on()
+    if action == "fail":
+        destination.wait_for("failed")
+        assert destination.run_state == "inmigrate"
+
+
+@pytest.mark.parametrize("point", ["go-heard", "running"])
+def test_destination_that_dies_with_the_machine_takes_it_along(pair: Pair, point: str) -> None:
+    source, destination = pair.begin(destination=f"{point}:kill")
+    destination.wait_death()
+    source.wait_for("postcopy-paused")
+    assert source.run_state == "finish-migrate"
+
+
+def test_destination_frozen_behind_go_goes_on_where_it_was(pair: Pair) -> None:
+    source, destination = pair.begin(destination="running:stop", **SHORT)
+    destination.wait_frozen()
+    assert source.run_state != "running"
+    destination.thaw()
+    source.wait_for("completed", "postcopy-paused")
+    if source.query()["status"] == "postcopy-paused":
+        destination.wait_for("postcopy-paused")
+        pair.recover(source, destination)
+    source.wait_for("completed")
+    destination.wait_for("completed")
+    destination.runs_on()
+
+
+def test_failure_while_it_is_taken_up_again_is_another_pause(pair: Pair) -> None:
+    source, destination = pair.begin(
+        source="reconnected:fail", relayed=True, max_postcopy_bandwidth=100_000
+    )
+    source.wait_for("postcopy-active")
+    pair.relay.cut()
+    source.wait_for("postcopy-paused")
+    destination.wait_for("postcopy-paused")
+    pair.recover(source, destination)
+    wait_until(lambda: "reconnected" in source.query().get("error-desc", ""))
+    assert source.query()["status"] == "postcopy-paused"
