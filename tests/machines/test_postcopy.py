@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from random import Random
 
@@ -11,8 +11,9 @@ import pytest
 
 import vmferry
 from tests.machines.hosted import KINDS, MIB, Start
-from tests.machines.lazily import Begun, Waiting, restore, restore_with_losses, saved
+from tests.machines.lazily import LONG, Begun, Waiting, restore, restore_with_losses, saved
 from vmferry.memory import faults
+from vmferry.migration.control import Control
 from vmferry.migration.status import Status
 
 GUEST = {"ram": 32 * MIB, "working_set": 8 * MIB, "hot": 0.5, "cpus": 2}
@@ -56,6 +57,32 @@ def test_guest_runs_at_once_and_is_whole(
     there.is_whole()
     assert there.statuses == ["setup", "active", "postcopy-active", "completed"]
     assert there.warnings == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_machine_that_came_so_moves_on(
+    save: Callable[[str], vmferry.Checkpoint],
+    waiting: Callable[[str, bool], Waiting],
+    hosted: Start,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """Also where all of its memory was taken before; nothing is left of faults and marks."""
+    checkpoint = save(kind)
+    there = waiting(kind, False)
+    there.guest.machine.memory["ram"].preallocate()
+    restore(checkpoint, there.control.incoming(f"unix:{tmp_path}/there"))
+    there.is_whole()
+    there.guest.machine.resume()
+    there.control.set_capabilities({"postcopy-ram": False})
+    further = hosted(kind, **GUEST)
+    with closing(Control(further.machine, awaited=True)) as control:
+        there.control.set_parameters({"max-bandwidth": 0})
+        there.control.migrate(control.incoming(f"unix:{tmp_path}/further"))
+        assert there.control.wait(LONG) == Status.COMPLETED
+        assert control.wait(LONG) == Status.COMPLETED
+        further.run_on()
+        assert further.findings() == []
 
 
 @PREEMPT

@@ -47,6 +47,7 @@ from vmferry.wire.description import VmDescription
 from vmferry.wire.devices import DeviceRegion, DeviceSection
 from vmferry.wire.disk import DiskChunk
 from vmferry.wire.framed import Frame
+from vmferry.wire.layout import IGNORE_SHARED
 from vmferry.wire.machine import machine_version
 from vmferry.wire.multifd import Method
 from vmferry.wire.ram import RamBlock, RamBlocks, RamEnd, RamFlush, RamPages
@@ -244,15 +245,17 @@ class Destination:
         """The machine runs before its memory is here (QEMU 7.2 ``loadvm_postcopy_handle_run``)."""
         self._check_heard()
         try:
+            has_last_word = self._announced is not None or self._ownership is not None
+            ownership = self._check_identity() if has_last_word else None
             pings = self._load_package(package, postcopy)
-            if self._announced is None and self._ownership is None:
+            if has_last_word:
+                self._pong(pings)
+                postcopy.keep()
+                self._await_go(postcopy, ownership)
+            else:
                 self._claim()
                 postcopy.keep()
                 self._pong(pings)
-            else:
-                self._pong(pings)
-                postcopy.keep()
-                self._await_go(postcopy)
         except BaseException:
             # Nobody writes to the source but this side again.
             postcopy.give_up()
@@ -289,12 +292,8 @@ class Destination:
         for value in pings:
             self._answers.say(Pong(value))
 
-    def _await_go(self, postcopy: PostcopyDestination) -> None:
+    def _await_go(self, postcopy: PostcopyDestination, ownership: Ownership | None) -> None:
         """As :meth:`_take_over`, of a machine whose memory is still at its source."""
-        numbers = self._announced or []
-        if len(numbers) < NUMBERS:
-            raise PeerError("the source announced itself, and did not say who it is")
-        ownership = self._check_owned()
         self._say_ready()
         try:
             if ownership is None:
@@ -345,6 +344,11 @@ class Destination:
         with suppress(TransportError):  # a source that said go does not take the machine back
             self._answers.confirm()
         reach("shut-said")
+
+    def _check_identity(self) -> Ownership | None:
+        if len(self._announced or []) < NUMBERS:
+            raise PeerError("the source announced itself, and did not say who it is")
+        return self._check_owned()
 
     def _await_last_word(self, numbers: list[int]) -> None:
         if len(numbers) < NUMBERS:
@@ -594,6 +598,11 @@ class Destination:
             )
         if not self._reader.return_path:
             raise PeerError("the source announced postcopy and has opened no return path")
+        configuration = self._reader.configuration
+        if configuration is not None and IGNORE_SHARED in configuration.capabilities:
+            raise PeerError(
+                "the source announced postcopy with x-ignore-shared: turn one off there"
+            )
         os.close(self._main.duplicate())
         self._postcopy.advise(command)
 

@@ -153,6 +153,19 @@ class PostcopyDestination:
             raise PeerError("the source has not announced postcopy")
         self._start = start
         self._check_forgotten()
+        try:
+            self._register(pager)
+        except OSError as error:
+            raise VmferryError(
+                f"the host has no faults for missing memory: {error.strerror}"
+            ) from error
+        self._channels = [main] if urgent is None else [main, urgent]
+        pager.stream(start, main, head, idle=self._idle)
+        if urgent is not None:
+            pager.urgent(urgent)
+        self._phase("postcopy-active")
+
+    def _register(self, pager: PagerProcess) -> None:
         faults = open_faults(kernel=self._kernel)
         try:
             for block in self._memory.blocks:
@@ -162,11 +175,6 @@ class PostcopyDestination:
             pager.memory(self._layout(), faults, self._marks)
         finally:
             os.close(faults)
-        self._channels = [main] if urgent is None else [main, urgent]
-        pager.stream(start, main, head, idle=self._idle)
-        if urgent is not None:
-            pager.urgent(urgent)
-        self._phase("postcopy-active")
 
     def _check_forgotten(self) -> None:
         for block in self._memory.blocks:
