@@ -12,9 +12,13 @@ import pytest
 import vmferry
 from tests.machines.hosted import KINDS, MIB, Start
 from tests.machines.lazily import LONG, Begun, Waiting, restore, restore_with_losses, saved
+from tests.transports.support import wait_until
+from vmferry.checkpoint.restore import Restore
 from vmferry.memory import faults
 from vmferry.migration.control import Control
 from vmferry.migration.status import Status
+from vmferry.qemu import QmpError
+from vmferry.qemu.machine_process import MachineProcess
 
 GUEST = {"ram": 32 * MIB, "working_set": 8 * MIB, "hot": 0.5, "cpus": 2}
 
@@ -152,3 +156,40 @@ def test_machine_that_lacks_memory_can_be_ended(
     there.control.close()
     assert there.control.status is Status.FAILED
     assert not there.guest.machine.running
+
+
+@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
+def test_restore_does_it_all_by_the_monitor(hosted: Start, tmp_path: Path, paused: bool) -> None:
+    """A machine that stood still stands still, but for that it is the same."""
+    with ExitStack() as stack:
+        guest = hosted("unicorn", **GUEST)
+        checkpoint = saved(guest, tmp_path, stack, paused=paused)
+        there = stack.enter_context(MachineProcess(guest.config, incoming="defer"))
+        uri = f"unix:{tmp_path}/there"
+        result = Restore(checkpoint, uri, qmp=there.qmp, learn=False).run()
+        assert (result.running is None) == paused
+        wait_until(lambda: there.qmp.execute("query-migrate")["status"] == "completed")
+        state = there.qmp.execute("query-status")["status"]
+        assert state == ("paused" if paused else "running")
+        there.qmp.execute("cont")
+        there.console.wait_beat()
+        there.qmp.execute("stop")
+        there.check()
+
+
+def test_memory_is_not_checked_before_it_is_there(hosted: Start, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        guest = hosted("unicorn", **GUEST)
+        checkpoint = saved(guest, tmp_path, stack, paused=True)
+        there = stack.enter_context(MachineProcess(guest.config, incoming="defer"))
+        states = [{"capability": "postcopy-ram", "state": True}]
+        there.qmp.execute("migrate-set-capabilities", {"capabilities": states})
+        uri = f"unix:{tmp_path}/there"
+        there.qmp.execute("migrate-incoming", {"uri": uri})
+        begun = Begun(checkpoint, uri, bandwidth=float(MIB))
+        wait_until(lambda: there.qmp.execute("query-status")["status"] == "paused")
+        begun.cut()
+        with pytest.raises(QmpError, match="still on its way"):
+            there.qmp.execute("x-vmferry-check")
+        # It ends though it waits for memory, and though nobody comes with that.
+        there.quit()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -97,7 +98,9 @@ class WaitingQemu:
         self._qmp.execute("migrate-set-capabilities", {"capabilities": states})
         if paused:
             # While it waits this means that it is not to start by itself (softmmu/vl.c).
-            self._qmp.execute("stop")
+            # A machine of vmferry refuses it, and heeds what the stream says.
+            with suppress(QmpError):
+                self._qmp.execute("stop")
         try:
             self._qmp.execute("migrate-incoming", {"uri": uri})
         except QmpError as error:
