@@ -19,7 +19,7 @@ import numpy.typing as npt
 from vmferry.errors import StreamError
 from vmferry.memory import PAGE_SIZE
 from vmferry.memory.faults import place, place_zeros, read_faults, unregister, wake
-from vmferry.pages import COMPRESS, PAGE
+from vmferry.pages import COMPRESS, KINDS, PAGE, ZERO
 from vmferry.pages.compression import inflate_page
 from vmferry.wire.ram import RamPages
 
@@ -87,24 +87,55 @@ class MissingMemory:
         as nobody knows which of the two is the right one.
         """
         block = self._blocks[batch.block.name]
+        if len(batch.rows) == 1:
+            return self._place_one(block, batch)
         marks = self._marks[block.first : block.first + block.size // PAGE_SIZE]
-        pages = (batch.offsets // np.uint64(PAGE_SIZE)).astype(np.intp)
+        pages = (batch.rows["word"] // np.uint64(PAGE_SIZE)).astype(np.intp)
         kinds = batch.kinds
         found = marks[pages]
-        if (found == EARLY).any():
-            at = int(pages[found == EARLY][0]) * PAGE_SIZE
-            raise StreamError(
-                "each page once, unless it was discarded", f"{at:#x} again", block=block.name
-            )
         new = found == MISSING
-        whole, packed = new & (kinds == PAGE), new & (kinds == COMPRESS)
-        self._copy(block, pages[whole], batch.rows["position"][whole], batch.data)
-        if packed.any():
-            self._copy(block, pages[packed], *_inflated(batch, packed))
+        if not new.all() and (found == EARLY).any():
+            raise _again(block, int(pages[found == EARLY][0]))
+        whole = new & (kinds == PAGE)
+        if whole.all():
+            self._copy(block, pages, batch.rows["position"], batch.data)
+        else:
+            self._copy(block, pages[whole], batch.rows["position"][whole], batch.data)
+            packed = new & (kinds == COMPRESS)
+            if packed.any():
+                self._copy(block, pages[packed], *_inflated(batch, packed))
         marks[pages] = PLACED
         self.pages += int(np.count_nonzero(new))
         if self.waited:
-            self._wake(block, pages)
+            asked = self._asked[block.first : block.first + block.size // PAGE_SIZE]
+            wanted = asked[pages]
+            for page, kind in zip(pages[wanted].tolist(), kinds[wanted].tolist(), strict=True):
+                self._wake(block, page, is_zero=kind == ZERO)
+        return None
+
+    def _place_one(self, block: MappedBlock, batch: RamPages) -> None:
+        """One page, as it comes where somebody waits for it: numpy takes its time to begin."""
+        word, position, _, _ = batch.rows[0].item()
+        page = word // PAGE_SIZE
+        number = block.first + page
+        mark = self._marks[number]
+        if mark == EARLY:
+            raise _again(block, page)
+        if mark == MISSING:
+            kind = word & KINDS
+            if kind == COMPRESS:
+                _, data = _inflated(batch, np.ones(1, np.bool_))
+                position = 0
+            else:
+                data = batch.data
+            if kind != ZERO:
+                start = _address(data) + position
+                to = block.addresses[0] + page * PAGE_SIZE
+                place(self._descriptor, to, start, PAGE_SIZE)
+            self._marks[number] = PLACED
+            self.pages += 1
+        if self._asked[number]:
+            self._wake(block, page, is_zero=bool(word & ZERO))
 
     def _copy(
         self,
@@ -113,28 +144,27 @@ class MissingMemory:
         positions: npt.NDArray[np.uint64],
         data: memoryview,
     ) -> None:
-        source = np.frombuffer(data, np.uint8)
         base, room = block.addresses[0], self._room
+        origin, gathered = _address(data), _address(room.data.cast("B"))
         for start, end in _runs(pages, positions):
             at, count = int(positions[start]), end - start
-            if count == 1:
-                begin = source.ctypes.data + at
-            else:
-                step = int(positions[start + 1]) - at
-                shape, steps = (count, PAGE_SIZE), (step, 1)
-                room[:count] = np.lib.stride_tricks.as_strided(source[at:], shape, steps)
-                begin = room.ctypes.data
+            begin = origin + at
+            if count > 1:
+                steps = int(positions[start + 1]) - at, 1
+                shape = count, PAGE_SIZE
+                room[:count] = np.ndarray(shape, np.uint8, data, at, steps)
+                begin = gathered
             to = base + int(pages[start]) * PAGE_SIZE
             place(self._descriptor, to, begin, count * PAGE_SIZE)
 
-    def _wake(self, block: MappedBlock, pages: npt.NDArray[np.intp]) -> None:
-        asked = self._asked[block.first : block.first + block.size // PAGE_SIZE]
-        for page in np.unique(pages[asked[pages]]).tolist():
-            # A page of zeros was only marked.
+    def _wake(self, block: MappedBlock, page: int, *, is_zero: bool) -> None:
+        """Whoever waits for a page goes on: it is in its place, or zero and was only marked."""
+        if is_zero:
             place_zeros(self._descriptor, block.addresses[0] + page * PAGE_SIZE)
-            for address in block.addresses:
-                wake(self._descriptor, address + page * PAGE_SIZE)
-            asked[page] = False
+        for address in block.addresses:
+            wake(self._descriptor, address + page * PAGE_SIZE)
+        if self._asked[block.first + page]:  # it may be in a batch twice
+            self._asked[block.first + page] = False
             self.waited -= 1
 
     def have(self, name: str) -> bytes | None:
@@ -161,6 +191,18 @@ class MissingMemory:
         """No page is waited for any more: what has not come is zero."""
         for address, block in self._mappings:
             unregister(self._descriptor, address, block.size)
+
+
+def _again(block: MappedBlock, page: int) -> StreamError:
+    return StreamError(
+        "each page once, unless it was discarded", f"{page * PAGE_SIZE:#x} again", block=block.name
+    )
+
+
+def _address(data: memoryview) -> int:
+    """Where *data* begins in memory."""
+    found: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
+    return found
 
 
 def _inflated(
