@@ -20,7 +20,8 @@ from vmferry.migration.status import Status
 from vmferry.qemu import QmpError
 from vmferry.qemu.machine_process import MachineProcess
 
-GUEST = {"ram": 32 * MIB, "working_set": 8 * MIB, "hot": 0.5, "cpus": 2}
+# A guest without a rate would have asked for all of its memory before anything can be lost.
+GUEST = {"ram": 32 * MIB, "working_set": 8 * MIB, "hot": 0.5, "cpus": 2, "rate": 4000}
 
 NO_FAULTS = faults.missing(kernel=True)
 pytestmark = pytest.mark.skipif(NO_FAULTS is not None, reason=str(NO_FAULTS))
@@ -102,9 +103,9 @@ def test_source_is_lost_and_comes_back(
     there = waiting(kind, preempt)
     uri = there.control.incoming(f"unix:{tmp_path}/there")
     for number in range(4):
-        begun = Begun(checkpoint, uri, preempt=preempt, bandwidth=float(4 * MIB), resume=number > 0)
+        begun = Begun(checkpoint, uri, preempt=preempt, bandwidth=float(2 * MIB), resume=number > 0)
         there.wait_until_running()
-        begun.wait_pages(100)
+        begun.wait_pages(50)
         begun.cut()
         there.wait_for(Status.POSTCOPY_PAUSED)
         assert "connection" in there.control.query()["error-desc"]
