@@ -10,6 +10,7 @@ import mmap
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeAlias
 
@@ -23,7 +24,7 @@ from vmferry.errors import (
     VmferryError,
     printable,
 )
-from vmferry.memory import PAGE_SIZE, GuestMemory
+from vmferry.memory import PAGE_SIZE, GuestMemory, MemoryBlock
 from vmferry.memory.faults import missing, open_faults, register
 from vmferry.migration.takeover import ABORT, GO
 from vmferry.transports import Channel, Listener
@@ -41,6 +42,8 @@ from vmferry.wire.return_path import Message, Pong
 from .missing import MISSING, Marks
 from .pager_process import PagerProcess
 
+_SHMEM_HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
 _ASK: Final = 0.1
 """Seconds between two looks at the record of who owns the machine."""
 
@@ -52,8 +55,20 @@ def check_host(*, kernel: bool) -> None:
 
     *kernel*: the kernel itself touches guest memory, for virtual CPUs or for disks.
     """
-    if (lack := missing(kernel=kernel)) is not None:
+    if (lack := missing(kernel=kernel) or _forced()) is not None:
         raise UsageError(f"postcopy-ram is not possible here: {lack}")
+
+
+def _forced() -> str | None:
+    """Whether shared memory comes in huge pages whoever wants it: of those no part can be missing.
+
+    Else what says that it wants none gets none.
+    """
+    try:
+        setting = _SHMEM_HUGE.read_text()
+    except OSError:
+        return None  # the kernel has none
+    return f"{_SHMEM_HUGE} is force: set it to anything else" if "[force]" in setting else None
 
 
 class PostcopyDestination:
@@ -121,7 +136,7 @@ class PostcopyDestination:
         for block in self._memory.blocks:
             self._first_pages[block.name] = total // PAGE_SIZE
             total += block.size
-            block.discard(0, block.size)
+            self._forget(block, 0, block.size)
             # Of a huge page no part can be missing.
             for address in block.addresses:
                 block.use_huge_pages(address, on=False)
@@ -136,7 +151,7 @@ class PostcopyDestination:
         """Forget what the machine has written since it was sent."""
         block = self._memory[command.block]
         for start, length in command.ranges:
-            block.discard(start, length)
+            self._forget(block, start, length)
             first = start // PAGE_SIZE
             self._received[block.name][first : first + length // PAGE_SIZE] = MISSING
 
@@ -145,14 +160,12 @@ class PostcopyDestination:
     ) -> None:
         """Have the pager fetch what is missing, from now on.
 
-        *head* was read from *main* already.  Raises :class:`VmferryError` where the host has not
-        let go of memory that was to be forgotten.
+        *head* was read from *main* already.
         """
         pager = self._pager
         if pager is None or not self._received:
             raise PeerError("the source has not announced postcopy")
         self._start = start
-        self._check_forgotten()
         try:
             self._register(pager)
         except OSError as error:
@@ -176,15 +189,13 @@ class PostcopyDestination:
         finally:
             os.close(faults)
 
-    def _check_forgotten(self) -> None:
-        for block in self._memory.blocks:
-            kept = (block.populated() != 0) & (self._received[block.name] == MISSING)
-            if kept.any():
-                at = int(kept.argmax()) * PAGE_SIZE
-                raise VmferryError(
-                    f"block {printable(block.name)}: the host keeps memory at {at:#x} that was"
-                    " given up: are huge pages forced on shared memory (shmem_enabled)?"
-                )
+    def _forget(self, block: MemoryBlock, start: int, length: int) -> None:
+        block.discard(start, length)
+        if (kept := block.next_populated(start)) < start + length:
+            raise VmferryError(
+                f"block {printable(block.name)}: the host keeps memory at {kept:#x} that was given"
+                " up, so that nobody can miss what belongs there"
+            )
 
     def _layout(self) -> list[object]:
         return [
