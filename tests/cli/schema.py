@@ -207,6 +207,7 @@ MIGRATION: dict[str, Check] = {
     "expected_downtime": optional(seconds),
     "downtime": optional(seconds),
     "throttle": optional(size),
+    "requests": size,
     "stall": text,
     "error": text,
     "confirmed": optional(flag),
@@ -237,7 +238,7 @@ def migrate_event(value: Any, where: str) -> None:
     """A line of ``vmferry migrate --json``."""
     if value["event"] == "progress":
         obj({"event": text} | MIGRATION)(value, where)
-    elif value["event"] == "stalled":
+    elif value["event"] in {"stalled", "paused"}:
         obj({"event": text, "message": text})(value, where)
     elif value["ok"]:
         obj(_RESULT | {"target": text} | MIGRATION)(value, where)

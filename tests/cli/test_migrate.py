@@ -71,6 +71,51 @@ def test_machine_moves_and_the_summary_says_how(
 
 
 @pytest.mark.qemu
+@pytest.mark.parametrize("when", [("--postcopy",), ("--postcopy-after", "2")], ids=str)
+def test_machine_goes_before_its_memory(
+    start_qemu: Start,
+    source: tuple[str, Serial],
+    arguments: list[str],
+    tmp_path: Path,
+    when: tuple[str, ...],
+) -> None:
+    uri = f"unix:{tmp_path}/incoming"
+    there = start_qemu(*arguments, "-incoming", "defer")
+    on = [{"capability": "postcopy-ram", "state": True}]
+    there.execute("migrate-set-capabilities", {"capabilities": on})
+    there.execute("migrate-incoming", {"uri": uri})
+    done = vmferry(
+        *("migrate", source[0], uri, *when, "--parameter", "max-bandwidth=4MiB/s"),
+        *("--parameter", "downtime-limit=1ms"),
+        *("--parameter", "max-postcopy-bandwidth=512KiB/s", "--json"),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    for number, event in enumerate(events):
+        schema.migrate_event(event, f"line {number}")
+    assert events[-1]["status"] == "completed"
+    assert events[-1]["confirmed"]
+    assert any(event.get("status") == "postcopy-active" for event in events)
+    assert Serial(there.serial).wait_beat() > source[1].drain()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--postcopy-after", "soon"], "a number of rounds or STALL"),
+        (["--postcopy", "--no-watch"], "has to watch"),
+        (["--resume", "--postcopy"], "no other option"),
+        (["--copy-storage"], "needs --destination-qmp"),
+        (["--destination-qmp", "x"], "is for --copy-storage and --resume"),
+    ],
+)
+def test_options_that_do_not_go_together(wrong: list[str], words: str) -> None:
+    done = vmferry("migrate", "socket", "unix:there", *wrong)
+    assert done.returncode == 2
+    assert words in " ".join(done.stderr.split())
+
+
+@pytest.mark.qemu
 def test_ctrl_c_cancels_and_says_so(
     source: tuple[str, Serial], destination: tuple[str, Serial]
 ) -> None:

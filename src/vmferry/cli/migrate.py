@@ -10,8 +10,11 @@ from .options import Json, Monitor, Quiet
 
 if TYPE_CHECKING:
     from vmferry.qemu import MigrationInfo
+    from vmferry.qemu.postcopy import When
 
     from .signals import Work
+
+_DIGITS = 9
 
 _PATIENCE = 10.0
 """Seconds that cancelling may take, after ctrl-C."""
@@ -47,6 +50,29 @@ def command(
         bool,
         typer.Option("--watch/--no-watch", help="Wait for the end, or only begin. Default: wait."),
     ] = True,
+    postcopy: Annotated[
+        bool,
+        typer.Option(
+            "--postcopy",
+            help="Let the machine go at once, its memory follows (capability postcopy-ram on both "
+            "sides): for one that writes faster than its memory can be sent.",
+        ),
+    ] = False,
+    postcopy_after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROUNDS|STALL",
+            help="The same after so many passes over memory, or where there is no more progress.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a migration that is postcopy-paused: the other machine listens at URI "
+            "again (migrate-recover; with --destination-qmp it is told to).",
+        ),
+    ] = False,
     copy_storage: Annotated[
         bool,
         typer.Option(
@@ -56,7 +82,10 @@ def command(
     ] = False,
     destination_qmp: Annotated[
         str | None,
-        typer.Option(metavar="SOCKET", help="The monitor of the other machine, to copy disks."),
+        typer.Option(
+            metavar="SOCKET",
+            help="The monitor of the other machine, for --copy-storage and --resume.",
+        ),
     ] = None,
     nbd: Annotated[
         str | None,
@@ -80,59 +109,30 @@ def command(
     It is a QEMU or a machine of vmferry run. The other one waits at URI, and has the same
     capabilities. Ctrl-C cancels the migration: the machine runs on where it is.
     """
-    from contextlib import ExitStack
-
-    from vmferry.qemu import Migration, Qmp
-    from vmferry.qemu.mirror import Both, Copied, StorageCopy, nbd_place
-    from vmferry.units import format_size
-
+    from .leading import Wanted, carried_out
     from .migrating import Migrating, taken
     from .output import one_line
     from .reports import Done, reporter
     from .signals import Interrupted, supervised
 
-    if copy_storage != (destination_qmp is not None):
-        raise typer.BadParameter("--copy-storage and --destination-qmp belong together")
-    if copy_storage and not watch:
-        raise typer.BadParameter("--copy-storage has to watch the migration")
-    capabilities = dict(map(_capability, capability or []))
-    parameters = dict(map(_parameter, parameter or []))
+    wanted = Wanted(
+        monitor=monitor,
+        uri=uri,
+        capabilities=dict(map(_capability, capability or [])),
+        parameters=dict(map(_parameter, parameter or [])),
+        watch=watch,
+        postcopy=_when("0" if postcopy and postcopy_after is None else postcopy_after),
+        resume=resume,
+        copy_storage=copy_storage,
+        destination=destination_qmp,
+        nbd=nbd,
+        incremental=incremental,
+    )
+    if wrong := wanted.wrong():
+        raise typer.BadParameter(wrong)
 
     def work(control: Work) -> MigrationInfo:
-        with ExitStack() as stack:
-            qmp = stack.enter_context(Qmp.connect(monitor))
-            migration = Migration(qmp)
-            if destination_qmp is None:
-                control.begun(migration)
-                migration.begin(uri, capabilities=capabilities, parameters=parameters)
-                return migration.wait(seen) if watch else migration.look()
-            other = stack.enter_context(Qmp.connect(destination_qmp))
-            place = nbd or nbd_place(uri)
-            copy = stack.enter_context(StorageCopy(qmp, other, place, incremental=incremental))
-            control.begun(Both(copy, migration))
-            copy.wait_ready(copied)
-            migration.begin(
-                uri,
-                capabilities=capabilities,
-                parameters=parameters,
-                before_switchover=copy.finish,
-            )
-
-            def watched(now: MigrationInfo) -> None:
-                copy.look()
-                seen(now)
-
-            return migration.wait(watched)
-
-    def copied(now: Copied) -> None:
-        content = {"done": now.done, "total": now.total}
-        text = f"disks: {format_size(now.done)} of {format_size(now.total)} copied"
-        report.happened("copied", text, **content)
-
-    def seen(now: MigrationInfo) -> None:
-        if now.stall and now.stall != report.last.stall:
-            report.happened("stalled", one_line(now.stall), message=now.stall)
-        report.progress(now)
+        return carried_out(wanted, report, control)
 
     with reporter(Migrating(), json=json, quiet=quiet) as report:
         try:
@@ -154,6 +154,18 @@ def _capability(text: str) -> tuple[str, bool]:
     if not name or value not in ("", "on", "off"):
         raise typer.BadParameter(f"expected NAME or NAME=off, found {text!r}")
     return name, value != "off"
+
+
+def _when(text: str | None) -> When | None:
+    from vmferry.qemu.postcopy import AfterRounds, AtStall
+
+    if text is None:
+        return None
+    if text.upper() == "STALL":
+        return AtStall()
+    if not text.isdecimal() or len(text) > _DIGITS:
+        raise typer.BadParameter(f"expected a number of rounds or STALL, found {text!r}")
+    return AfterRounds(int(text))
 
 
 def _parameter(text: str) -> tuple[str, str]:

@@ -37,6 +37,8 @@ class Migrating:
             format_rate(now.rate),
             f"{format_size(now.remaining)} of {format_size(now.total)} left",
         ]
+        if now.is_postcopy:
+            return [first, ["runs on the other side", count(now.requests, "page") + " asked for"]]
         second = [f"round {now.round}", f"{format_rate(now.dirty_rate)} dirtied"]
         if now.expected_downtime is not None:
             second.append(f"expected downtime {format_duration(now.expected_downtime)}")

@@ -15,6 +15,7 @@ from typing import Any, Final
 from vmferry.errors import PeerError, UsageError, VmferryError, printable
 from vmferry.qemu.info import MigrationInfo
 from vmferry.qemu.parameters import read_parameters
+from vmferry.qemu.postcopy import CAPABILITY, When
 from vmferry.qemu.qmp import Qmp
 
 _POLL: Final = 0.05
@@ -79,6 +80,7 @@ class Migration:
         self._woken = threading.Event()
         self._is_confirmed = False
         self._before_switchover: Callable[[], None] | None = None
+        self._postcopy: When | None = None
         self.last = MigrationInfo()
 
     def begin(
@@ -88,13 +90,15 @@ class Migration:
         capabilities: Mapping[str, bool] | None = None,
         parameters: Mapping[str, object] | None = None,
         before_switchover: Callable[[], None] | None = None,
+        postcopy: When | None = None,
     ) -> None:
         """Set *capabilities* and *parameters*, the others stay as they are; then start.
 
         *uri* is for the machine to read: paths and descriptors are those of its process.
         Parameters that are texts may have units, see :func:`read_parameters`.
         *before_switchover* is called by :meth:`wait` when the machine has stopped and before it is
-        given away; where it raises, the migration is cancelled.
+        given away; where it raises, the migration is cancelled.  *postcopy* says when the machine
+        is to go before its memory, which needs the capability postcopy-ram on the other side, too.
 
         Raises UsageError where a parameter cannot be read or a migration is under way already,
         QmpError where the machine refuses.  The machine runs on in either case.
@@ -103,6 +107,9 @@ class Migration:
             raise UsageError(
                 f"expected a machine that does not migrate, found a migration that is {now.status}"
             )
+        if postcopy is not None:
+            capabilities = {CAPABILITY: True} | dict(capabilities or {})
+        self._postcopy = postcopy
         if capabilities:
             changes = [{"capability": name, "state": on} for name, on in capabilities.items()]
             self._qmp.execute("migrate-set-capabilities", {"capabilities": changes})
@@ -113,10 +120,23 @@ class Migration:
         if before_switchover is not None:
             pause = {"capability": "pause-before-switchover", "state": True}
             self._qmp.execute("migrate-set-capabilities", {"capabilities": [pause]})
-        self._is_confirmed = "return-path" in self._enabled()
+        self._is_confirmed = bool({"return-path", CAPABILITY} & self._enabled())
         if self._unwanted:
             raise MigrationCancelled("the migration was cancelled before it began")
         self._qmp.execute("migrate", {"uri": uri})
+
+    def resume(self, uri: str) -> None:
+        """Go on with a migration whose status is ``postcopy-paused``, at *uri*; then :meth:`wait`.
+
+        The other side has to listen there again (``migrate-recover``).
+        """
+        if (now := self.look()).status != "postcopy-paused":
+            raise UsageError(
+                f"expected a migration that is postcopy-paused, found one that is"
+                f" {printable(now.status)}"
+            )
+        self._is_confirmed = True
+        self._qmp.execute("migrate", {"uri": uri, "resume": True})
 
     def wait(self, progress: Callable[[MigrationInfo], None] | None = None) -> MigrationInfo:
         """Wait until it has completed, with a report to *progress* for each look at it.
@@ -141,7 +161,10 @@ class Migration:
         return self._judged(now)
 
     def _reached(self, now: MigrationInfo) -> None:
-        """Do what is to be done between the stop of the machine and the switchover, once."""
+        """Do what is to be done at this moment of it, once."""
+        if now.status == "active" and self._postcopy is not None and self._postcopy.is_due(now):
+            self._postcopy = None
+            self._qmp.execute("migrate-start-postcopy")
         if now.status == "pre-switchover" and self._before_switchover is not None:
             last, self._before_switchover = self._before_switchover, None
             last()

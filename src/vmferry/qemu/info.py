@@ -23,7 +23,8 @@ class MigrationInfo:
     ``status`` is QEMU's word, ``none`` where there was no migration yet.  Sizes are in bytes, rates
     in bytes per second, times in seconds.  ``round`` counts passes over memory from 1.
     ``remaining`` is what is known to be unsent, ``dirty_rate`` what the machine writes to,
-    ``throttle`` how much it is slowed down, in percent.  ``stall`` is why it makes no progress,
+    ``throttle`` how much it is slowed down, in percent.  ``requests`` counts pages that the machine
+    has asked for from the other side, in postcopy.  ``stall`` is why it makes no progress,
     where a machine of vmferry says so; ``error`` is empty unless it failed with a reason;
     ``confirmed`` says whether a source that has completed was told so by the destination.  ``None``
     is what the machine does not tell, or not yet.
@@ -41,6 +42,7 @@ class MigrationInfo:
     expected_downtime: float | None = None
     downtime: float | None = None
     throttle: int | None = None
+    requests: int = 0
     stall: str = ""
     error: str = ""
     confirmed: bool | None = None
@@ -64,6 +66,7 @@ class MigrationInfo:
             setup_time=_seconds(answer, "setup-time"),
             expected_downtime=_seconds(answer, "expected-downtime"),
             downtime=_seconds(answer, "downtime"),
+            requests=_count(ram, "postcopy-requests"),
             throttle=None if throttle is None else int(throttle),
             stall=str(answer.get("x-vmferry-stall", "")),
             error=str(answer.get("error-desc", "")),

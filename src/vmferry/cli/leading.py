@@ -1,0 +1,122 @@
+"""What ``vmferry migrate`` does: a migration that two other processes carry out, led from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from vmferry.qemu import Migration, MigrationInfo, Qmp
+from vmferry.qemu.mirror import Both, Copied, StorageCopy, nbd_place
+from vmferry.qemu.postcopy import When
+from vmferry.qemu.waiting import listen_again
+from vmferry.units import format_size
+
+from .output import one_line
+from .reports import Reporter
+from .signals import Work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What was asked for on the command line."""
+
+    monitor: str
+    uri: str
+    capabilities: Mapping[str, bool]
+    parameters: Mapping[str, str]
+    watch: bool
+    postcopy: When | None
+    resume: bool
+    copy_storage: bool
+    destination: str | None
+    nbd: str | None
+    incremental: bool
+
+    def wrong(self) -> str:
+        """What does not go together; nothing if all does."""
+        if self.copy_storage and self.destination is None:
+            return "--copy-storage needs --destination-qmp"
+        if self.destination is not None and not (self.copy_storage or self.resume):
+            return "--destination-qmp is for --copy-storage and --resume"
+        if self.resume and (self.copy_storage or self.postcopy or self.capabilities):
+            return "--resume goes on with what was begun, which no other option changes"
+        if self.copy_storage and self.postcopy:
+            return "--copy-storage cannot go with postcopy"
+        if not self.watch and (self.copy_storage or self.postcopy):
+            what = "--copy-storage" if self.copy_storage else "postcopy"
+            return f"{what} has to watch the migration"
+        return ""
+
+
+def carried_out(wanted: Wanted, report: Reporter[Any], control: Work) -> MigrationInfo:
+    """Begin it or go on with it, and where it is to be watched wait for its end."""
+
+    def seen(now: MigrationInfo) -> None:
+        _tell(now, report)
+
+    with ExitStack() as stack:
+        qmp = stack.enter_context(Qmp.connect(wanted.monitor))
+        migration = Migration(qmp)
+        if wanted.copy_storage:
+            return _with_storage(wanted, report, control, migration, qmp, stack)
+        control.begun(migration)
+        if wanted.resume:
+            if wanted.destination is not None:
+                listen_again(stack.enter_context(Qmp.connect(wanted.destination)), wanted.uri)
+            migration.resume(wanted.uri)
+        else:
+            migration.begin(
+                wanted.uri,
+                capabilities=wanted.capabilities,
+                parameters=wanted.parameters,
+                postcopy=wanted.postcopy,
+            )
+        return migration.wait(seen) if wanted.watch else migration.look()
+
+
+def _with_storage(
+    wanted: Wanted,
+    report: Reporter[Any],
+    control: Work,
+    migration: Migration,
+    qmp: Qmp,
+    stack: ExitStack,
+) -> MigrationInfo:
+    """Its disks are copied along."""
+
+    def copied(now: Copied) -> None:
+        content = {"done": now.done, "total": now.total}
+        text = f"disks: {format_size(now.done)} of {format_size(now.total)} copied"
+        report.happened("copied", text, **content)
+
+    def watched(now: MigrationInfo) -> None:
+        copy.look()
+        _tell(now, report)
+
+    other = stack.enter_context(Qmp.connect(wanted.destination or ""))
+    place = wanted.nbd or nbd_place(wanted.uri)
+    copy = stack.enter_context(StorageCopy(qmp, other, place, incremental=wanted.incremental))
+    control.begun(Both(copy, migration))
+    copy.wait_ready(copied)
+    migration.begin(
+        wanted.uri,
+        capabilities=wanted.capabilities,
+        parameters=wanted.parameters,
+        before_switchover=copy.finish,
+    )
+    return migration.wait(watched)
+
+
+def _tell(now: MigrationInfo, report: Reporter[Any]) -> None:
+    if now.stall and now.stall != report.last.stall:
+        report.happened("stalled", one_line(now.stall), message=now.stall)
+    if now.status == "postcopy-paused" != report.last.status:
+        why = f": {one_line(now.error)}" if now.error else ""
+        text = (
+            f"paused{why}; the machine waits on the other side for its memory: have it listen again"
+            " (migrate-recover), and vmferry migrate --resume goes on"
+        )
+        report.happened("paused", text, message=now.error)
+    report.progress(now)
