@@ -49,6 +49,7 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
     yield from _throughput(replace(full, preallocated=True), where, rounds, ("unix",), quick=quick)
     yield from _empty(empty, where, rounds, quick=quick)
     yield from _downtime(full, where, 2 if quick else _MOVES)
+    yield from _postcopy(full, where, rounds)
     yield from _cancel(full, where, rounds)
 
 
@@ -86,6 +87,23 @@ class Ours:
             "cpu": taken,
         }
 
+    def postcopy(self, uri: str, other: Ours) -> Sample:
+        """Let the machine go to *other* before its memory, in the middle of precopy."""
+        states = [{"capability": "postcopy-ram", "state": True}]
+        for side in (self._qmp, other._qmp):
+            side.execute("migrate-set-capabilities", {"capabilities": states})
+        other._qmp.execute("migrate-incoming", {"uri": uri})
+        self._qmp.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": 0})
+        self._qmp.execute("migrate", {"uri": uri})
+        while self._qmp.execute("query-migrate").get("ram", {}).get("dirty-sync-count", 0) < 3:
+            time.sleep(0.01)
+        self._qmp.execute("migrate-start-postcopy")
+        answer = _ended(self._qmp)
+        return {
+            "downtime": answer["downtime"] / 1e3,
+            "requests": answer["ram"]["postcopy-requests"],
+        }
+
     def cancel(self, uri: str) -> float:
         """Begin to move the machine and think better of it; how many seconds that took."""
         qmp = self._qmp
@@ -118,7 +136,9 @@ def _ended(qmp: Qmp) -> dict[str, float]:
 
 
 @contextmanager
-def ours(guest: Guest, where: Path, name: str, *, rate: int = 1, uri: str = "") -> Iterator[Ours]:
+def ours(
+    guest: Guest, where: Path, name: str, *, rate: int | None = 1, uri: str = ""
+) -> Iterator[Ours]:
     """A machine with the guest's memory, which its own guest has filled; or one that waits."""
     ram = guest.memory << 20
     working = max(guest.fill, guest.pages) * _PAGE
@@ -127,7 +147,7 @@ def ours(guest: Guest, where: Path, name: str, *, rate: int = 1, uri: str = "") 
         f"preallocate = {str(guest.preallocated).lower()}",
         "[guest]",
         f"working-set = {working}",
-        f"rate = {rate}",
+        'rate = "unlimited"' if rate is None else f"rate = {rate}",
     ]
     (where / f"{name}.toml").write_text("\n".join(lines))
     options = ["--incoming", uri] if uri else []
@@ -299,6 +319,24 @@ def _downtime(guest: Guest, where: Places, moves: int) -> Iterator[Row]:
     within = [float(value <= 100) for value in samples.values("writing", figure)]
     share = [sum(within) / len(within) * 100] if within else []
     yield Row("live/downtime/within", what, "%", share, Target(100))
+
+
+def _postcopy(guest: Guest, where: Places, rounds: int) -> Iterator[Row]:
+    """A machine that writes as fast as it can goes before its memory."""
+    work = where.work
+
+    def move() -> Sample:
+        with (
+            ours(guest, work, "here", rate=None) as machine,
+            ours(guest, work, "there", uri="defer") as other,
+        ):
+            return machine.postcopy(f"unix:{work}/live", other)
+
+    samples = Samples({"postcopy": move}, rounds)
+    what = f"{guest.memory} MiB, written to all the time, by postcopy: downtime"
+    target = Target(20, most=True)
+    figure = milliseconds("downtime")
+    yield samples.row("live/postcopy/downtime", what, "ms", "postcopy", figure, target)
 
 
 def _cancel(guest: Guest, where: Places, rounds: int) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from queue import SimpleQueue
@@ -24,6 +24,7 @@ from vmferry.ownership.engine import Ownership
 from vmferry.ownership.protocol import Stage as Owner
 from vmferry.pages import XbzrleCache
 from vmferry.transports import Channel, RateLimit
+from vmferry.wire.commands import RamDiscard
 from vmferry.wire.multifd import Method
 
 from .capabilities import Capability
@@ -33,7 +34,8 @@ from .handover import Stage, Word
 from .machine import LiveMachine
 from .machine_source import MachineSource
 from .parameters import Parameters
-from .postcopy.live import Follow, left_of
+from .postcopy.left import Block
+from .postcopy.live import Follow, discards, left_of
 from .postcopy.server import RamFormat, Service
 from .postcopy.way import Way
 from .precopy import DirtyBlock, Precopy
@@ -97,11 +99,12 @@ class LiveSource:
             options=self._options(capabilities),
             meter=statistics,
             passes=passes,
-            follow=self._follow,
+            follower=self,
             ownership=ownership,
         )
         self._proceed = threading.Event()
         self._wants_postcopy = threading.Event()
+        self._ahead: list[Block] = []
         self.background = RateLimit(self._parameters().max_postcopy_bandwidth or None)
         """The limit of memory that nobody has asked for, in postcopy."""
         self._connects: SimpleQueue[Connect | None] = SimpleQueue()
@@ -231,14 +234,20 @@ class LiveSource:
         """See :class:`~.precopy.Lead`."""
         return self._wants_postcopy.is_set()
 
-    def _follow(self, way: Way, ram: RamFormat) -> None:
-        """The rest follows the machine."""
-        blocks = left_of(self._passes.switch())
+    def discards_ahead(self) -> Iterator[RamDiscard]:
+        """See :class:`~.postcopy.way.Follower`."""
+        self._ahead = left_of(self._passes.look())
+        return discards(self._ahead)
+
+    def follow(self, way: Way, ram: RamFormat) -> None:
+        """See :class:`~.postcopy.way.Follower`."""
+        blocks = left_of(self._passes.switch(), self._ahead)
         self._passes.end()
         self._statistics.switched()
         Follow(
             self._outgoing,
             blocks,
+            list(discards(blocks, self._ahead)),
             ram,
             way,
             lead=self,

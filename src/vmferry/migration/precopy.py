@@ -169,6 +169,11 @@ class Precopy:
         self._is_last = True
         return self._round(pages, self._lead.delta())
 
+    def look(self) -> list[DirtyBlock]:
+        """Memory, with what of it has not come to the destination, while the machine runs."""
+        self._collect()
+        return self._blocks
+
     def switch(self) -> list[DirtyBlock]:
         """Stop the machine; memory, with what of it has not come to the destination."""
         self._lead.stop()

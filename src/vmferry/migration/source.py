@@ -57,7 +57,7 @@ from .outgoing import Outgoing
 from .page_sender import PageSender
 from .passes import OnePass, Passes
 from .postcopy.server import RamFormat
-from .postcopy.way import Way
+from .postcopy.way import Follower, Way
 from .progress import Meter
 from .takeover import ANNOUNCE, GO, GRANTED, OWNED, keeping_the_machine
 from .verdict import Verdict
@@ -122,9 +122,9 @@ class Source:
     """Sends *machine*; *connect* opens one more connection to the destination.
 
     *passes* is the memory of a machine that still runs; then the machine is handed over as in
-    :mod:`.handover`, where the transport has a way back.  *follow* goes on where *passes* switches
-    to postcopy.  *ownership* is the record of who owns it, if it has one; where something fails,
-    :meth:`Ownership.undo` is the caller's.
+    :mod:`.handover`, where the transport has a way back.  *follower* goes on where *passes*
+    switches to postcopy.  *ownership* is the record of who owns it, if it has one; where something
+    fails, :meth:`Ownership.undo` is the caller's.
     """
 
     def __init__(
@@ -135,13 +135,13 @@ class Source:
         options: SendOptions | None = None,
         meter: Meter | None = None,
         passes: Passes | None = None,
-        follow: Callable[[Way, RamFormat], None] | None = None,
+        follower: Follower | None = None,
         ownership: Ownership | None = None,
     ) -> None:
         self._machine = machine
         self._ownership = ownership
         self._passes = passes
-        self._follow = follow
+        self._follower = follower
         self._connect = connect
         self._options = options or SendOptions()
         self._meter = meter or Meter()
@@ -330,8 +330,8 @@ class Source:
         self._send_bytes(machine.early)
         self._send_disks()
         self._send_parts(passes)
-        if passes.switches and self._follow is not None:
-            return self._switch(urgent, self._follow)
+        if passes.switches and self._follower is not None:
+            return self._switch(urgent, self._follower)
         self._send_rest(passes)
         self._send_ends()
         self._meter.phase("device")
@@ -353,16 +353,17 @@ class Source:
                 " return-path: use tcp: or unix:"
             )
 
-    def _switch(self, urgent: Channel | None, follow: Callable[[Way, RamFormat], None]) -> None:
+    def _switch(self, urgent: Channel | None, follower: Follower) -> None:
         """Let the machine run there, and its memory follow."""
         options, machine = self._options, self._machine
-        # When that is answered all that was sent before is in its place, and the machine need not
-        # stand still while it goes there.
+        self._send(*follower.discards_ahead())
+        # When that is answered, all that was sent before is in its place, and what was to be
+        # forgotten is: the machine need not stand still meanwhile.
         self._send(Ping(_SWITCHING))
         heeds = self._verdict.heeds_go(_SWITCHING, options.answer)
         self.has_switched = True
         way = Way(self._main, urgent, options.idle, options.answer, heeds)
-        follow(way, RamFormat(self._ram, machine.page_size, machine.footers))
+        follower.follow(way, RamFormat(self._ram, machine.page_size, machine.footers))
 
     def reconnect(self, connect: Connect) -> tuple[Channel, Channel | None]:
         """Open the channels of postcopy once more, by *connect*, in the thread of :meth:`run`."""

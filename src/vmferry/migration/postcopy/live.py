@@ -38,7 +38,7 @@ _DYING: Final = 1.0
 _RANGES: Final = 12
 """Ranges in a command, as many as QEMU puts there."""
 
-_MOST_RANGES: Final = 1 << 12
+_MOST_RANGES: Final = 1 << 9
 """Ranges told one by one: the machine stands still meanwhile."""
 
 
@@ -99,26 +99,33 @@ class LiveStore:
         return start * PAGE_SIZE, end * PAGE_SIZE
 
 
-def left_of(blocks: Sequence[DirtyBlock]) -> list[Block]:
-    """What is still to be sent of memory, some of which the destination has."""
+def left_of(blocks: Sequence[DirtyBlock], ahead: Sequence[Block] = ()) -> list[Block]:
+    """What is still to be sent of memory, some of which the destination has.
+
+    What was told *ahead* to be forgotten there is to be sent in any case.
+    """
     found = []
-    for dirty in blocks:
+    for number, dirty in enumerate(blocks):
         block = Block(dirty.block, LiveStore(dirty), PAGE_SIZE)
         bits = np.unpackbits(dirty.dirty.view(np.uint8), bitorder="little")
         block.sent = bits[: dirty.memory.pages] == 0
+        if ahead:
+            block.sent &= ahead[number].sent
         found.append(block)
     return found
 
 
-def discards(blocks: Sequence[Block]) -> Iterator[RamDiscard]:
-    """Have the destination forget what is out of date there; at least one, or it is not ready.
+def discards(blocks: Sequence[Block], ahead: Sequence[Block] = ()) -> Iterator[RamDiscard]:
+    """Have the destination forget what is out of date there and was not told *ahead*.
 
-    Where that is very many small ranges, some of what lies between them goes with them.
+    Without that at least one page, or it is not ready for postcopy.  Where that is very many small
+    ranges, some of what lies between them goes with them.
     """
-    if all(block.sent.all() for block in blocks):
+    if not ahead and all(block.sent.all() for block in blocks):
         blocks[0].sent[0] = False
-    for block in blocks:
-        starts, ends = _ranges(~block.sent)
+    for number, block in enumerate(blocks):
+        told = ahead[number].sent if ahead else True
+        starts, ends = _ranges(~block.sent & told)
         gap = 1
         while len(starts) > _MOST_RANGES:
             gap *= 2
@@ -142,13 +149,15 @@ def _ranges(
 class Follow:
     """Gives *machine*, which stands still, to the destination, and sends what is left of *blocks*.
 
-    *is_off* says whether somebody wants no migration any more, as long as that counts.
+    *forget* is what it has to be told to forget of what it has.  *is_off* says whether somebody
+    wants no migration any more, as long as that counts.
     """
 
     def __init__(
         self,
         machine: Outgoing,
         blocks: Sequence[Block],
+        forget: Sequence[RamDiscard],
         ram: RamFormat,
         way: Way,
         *,
@@ -159,7 +168,7 @@ class Follow:
         is_off: Callable[[], bool],
     ) -> None:
         self._machine = machine
-        self._blocks = blocks
+        self._forget = forget
         self._way = way
         self._lead = lead
         self._handover = handover
@@ -212,7 +221,7 @@ class Follow:
             Ping(LOADED).encode(),
             PostcopyRun().encode(),
         ]
-        self._server.send([command.encode() for command in discards(self._blocks)])
+        self._server.send([command.encode() for command in self._forget])
         reach("discards-sent")
         self._hear(Word.SENT)
         if not self._way.heeds:

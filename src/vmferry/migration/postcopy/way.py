@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from vmferry.transports import Channel
+from vmferry.wire.commands import RamDiscard
+
+from .server import RamFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +24,13 @@ class Way:
     idle: float | None
     answer: float | None
     heeds: bool
+
+
+class Follower(Protocol):
+    """Who goes on where a source switches to postcopy."""
+
+    def discards_ahead(self) -> Iterable[RamDiscard]:
+        """What the destination may forget while the machine still runs here."""
+
+    def follow(self, way: Way, ram: RamFormat) -> None:
+        """Stop the machine, give it away, and send its memory."""
