@@ -11,6 +11,7 @@ from random import Random
 
 import vmferry
 from tests.machines.hosted import MIB, Hosted
+from tests.support.processes import pagers
 from tests.transports.support import PROMPT, background, wait_until
 from vmferry.checkpoint.restore import Restore, Restored
 from vmferry.migration.control import Control
@@ -114,7 +115,7 @@ def restore_with_losses(
         there.wait_until_running()
         begun.wait_pages(choose.randrange(100))
         if choose.random() < 0.3:
-            for pager in pagers():
+            for pager in pagers(os.getpid()):
                 os.kill(pager, signal.SIGKILL)
         else:
             begun.cut()
@@ -124,17 +125,3 @@ def restore_with_losses(
         uri = there.control.recover(f"unix:{directory}/again-{number}")
     restore(checkpoint, uri, preempt=preempt, resume=True)
     return losses
-
-
-def pagers() -> list[int]:
-    """The processes of pagers that this one has."""
-    children = [
-        int(child)
-        for thread in Path("/proc/self/task").iterdir()
-        for child in (thread / "children").read_text().split()
-    ]
-    return [
-        child
-        for child in children
-        if b"postcopy.pager" in Path(f"/proc/{child}/cmdline").read_bytes()
-    ]

@@ -108,8 +108,11 @@ def test_source_is_lost_and_comes_back(
         begun.wait_pages(50)
         begun.cut()
         there.wait_for(Status.POSTCOPY_PAUSED)
-        assert "connection" in there.control.query()["error-desc"]
+        info = there.control.query()
+        assert "connection" in info["error-desc"]
+        assert "socket-address" not in info
         uri = there.control.recover(f"unix:{tmp_path}/again-{number}")
+        assert there.control.query()["socket-address"][0]["path"] in uri
     restore(checkpoint, uri, preempt=preempt, resume=True)
     there.is_whole()
     cycle = ["postcopy-active", "postcopy-paused", "postcopy-recover"]

@@ -24,7 +24,9 @@ class Pair:
         self._stack, self._path = stack, path
         self.store = open_store(store)
 
-    def begin(self, *, source: str = "", destination: str = "") -> tuple[Hosted, Hosted]:
+    def begin(
+        self, *, source: str = "", destination: str = "", postcopy: bool = False
+    ) -> tuple[Hosted, Hosted]:
         start = self._stack.enter_context
         uri = self.store.uri
         here = start(Hosted(self._path / "here", "source", fault=source, store=uri))
@@ -32,6 +34,11 @@ class Pair:
         channel = f"unix:{self._path}/channel"
         here.set(max_bandwidth=0, **SHORT)
         there.set(**SHORT)
+        if postcopy:
+            states = [{"capability": "postcopy-ram", "state": True}]
+            for side in (here, there):
+                side.qmp.execute("migrate-set-capabilities", {"capabilities": states})
+            here.set(max_bandwidth=1 << 20)
         there.qmp.execute("migrate-incoming", {"uri": channel})
         with suppress(TransportError):  # it may die before it has answered
             here.qmp.execute("migrate", {"uri": channel})
@@ -65,6 +72,28 @@ def test_machine_moves(pair: Pair) -> None:
     record = pair.store.read().record
     assert record is not None
     assert [entry.act for entry in record.history] == ["claim", "offer", "grant", "take", "start"]
+
+
+def test_machine_moves_before_its_memory(pair: Pair) -> None:
+    source, destination = pair.begin(postcopy=True)
+    source.wait_for("active")
+    source.qmp.execute("migrate-start-postcopy")
+    source.wait_for("completed")
+    destination.wait_for("completed")
+    destination.runs_on()
+    record = pair.store.read().record
+    assert record is not None
+    assert [entry.act for entry in record.history] == ["claim", "offer", "grant", "take", "start"]
+
+
+def test_destination_that_dies_as_it_loads_leaves_the_machine_and_its_memory(pair: Pair) -> None:
+    source, destination = pair.begin(destination="loaded:kill", postcopy=True)
+    source.wait_for("active")
+    source.qmp.execute("migrate-start-postcopy")
+    destination.wait_death()
+    source.wait_for("failed")
+    source.runs_on()
+    assert pair.phase is Phase.HELD
 
 
 @pytest.mark.parametrize("point", ["offer-landed", "grant-asked", "grant-landed", "go-said"])

@@ -81,8 +81,9 @@ def described(machine: MachineStatus) -> Iterator[str]:
     info = machine.migration
     if info.is_under_way:
         yield f"migration {Migrating().line(info)}"
-        if info.stall:
-            yield one_line(info.stall)
+        for reason in (info.stall, info.error):
+            if reason:
+                yield one_line(reason)
     elif info.status in ("completed", "sent") and info.total:
         yield f"migration {info.status}: {taken(info)}"
     elif info.status != "none":

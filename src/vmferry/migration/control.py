@@ -376,7 +376,7 @@ class Control:
         with self._lock:
             status, statistics = self._track.current, self._statistics
             if self._destination is not None:
-                listening = status in UNDER_WAY
+                listening = status in UNDER_WAY and bool(self._address)
                 info = query_incoming(status, _socket_addresses(self._address) if listening else ())
                 paused = status is Status.POSTCOPY_PAUSED
                 return info | ({"error-desc": str(self._error)} if paused else {})
@@ -489,6 +489,8 @@ class Control:
             following = _PHASES.get(progress.phase, now)
             if following is not now and following in DESTINATION[now]:
                 self._track.move_if(now, following)
+                if following is Status.POSTCOPY_ACTIVE:
+                    self._address = ""  # it listens no more, until it has to anew
         self._tell(progress)
 
     def _status_changed(self, status: Status) -> None:

@@ -24,7 +24,6 @@ from vmferry.errors import (
 )
 from vmferry.faults import reach
 from vmferry.ownership.engine import Ownership
-from vmferry.ownership.identity import NUMBERS, Identity
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
 from vmferry.wire import foreign
@@ -59,11 +58,12 @@ from vmferry.wire.split import DecodedDevices, split_by_decoding
 from .answers import Answers
 from .claims import PageClaims
 from .connections import Connections, Deadlines
+from .last_word import LastWord
 from .postcopy.destination import PostcopyDestination, package_parts
 from .progress import Meter
 from .runs import Runs
 from .sink import Loader, Sink
-from .takeover import ANNOUNCE, HEEDS, OWNED, READY, TOKEN, Takeover
+from .takeover import HEEDS
 
 _SILENCE: Final = 1.0
 """Seconds after which a source that waits for an answer has nothing more to send."""
@@ -110,15 +110,12 @@ class Destination:
         ownership: Ownership | None = None,
         postcopy: PostcopyDestination | None = None,
     ) -> None:
-        self._ownership = ownership
         self._postcopy = postcopy
         self._package: Package | None = None
         self.runs_early = False
         """Whether the machine runs, and not all of its memory has come."""
-        self._token: list[int] | None = None
         self._sink = sink
         self._claim = claim or (lambda: None)
-        self._let_go = let_go or (lambda: None)
         self._taken = taken or (lambda: None)
         self._meter = meter or Meter()
         self._deadlines = deadlines or Deadlines()
@@ -131,6 +128,14 @@ class Destination:
             decode=loader.decode if loader is not None else None,
         )
         self._answers = Answers(self._deadlines.idle)
+        self._last_word = LastWord(
+            self._answers,
+            ownership,
+            self._meter,
+            idle=self._deadlines.idle,
+            claim=self._claim,
+            let_go=let_go or (lambda: None),
+        )
         self._connections = Connections(
             listener,
             self._deadlines,
@@ -143,10 +148,7 @@ class Destination:
         )
         self._switchover_ack = switchover_ack
         self._claims = PageClaims()
-        self._announced: list[int] | None = None
         self._unheard: TransportError | None = None
-        self._takeover: Takeover | None = None
-        self._cancelled = False
         self._features: set[str] = set()
         self._flushes = False
         self._has_machine = False
@@ -167,12 +169,10 @@ class Destination:
         Without effect once the machine is this side's, as a checkpoint is when it is durable, where
         the source has no last word.
         """
-        self._cancelled = True
         self._connections.cancel()
         if self._postcopy is not None:
             self._postcopy.cancel()
-        if self._takeover is not None:
-            self._takeover.decide(take=False)
+        self._last_word.cancel()
 
     def abandon(self) -> None:
         """Let nobody wait for memory any more that will not come: the machine is lost."""
@@ -190,9 +190,7 @@ class Destination:
 
     def decide(self, *, take: bool) -> None:
         """An operator's word in the phase ``in-doubt``, from any thread: take it, or drop it."""
-        if self._takeover is None:
-            raise UsageError("there is no doubt about who has the machine")
-        self._takeover.decide(take=take)
+        self._last_word.decide(take=take)
 
     def run(self) -> None:
         """Receive everything, commit it, and tell the source.  For one migration only.
@@ -216,8 +214,8 @@ class Destination:
             self._check_heard()
             self._meter.phase("storing")
             self._commit()
-            if self._announced is not None or self._ownership is not None:
-                self._take_over(self._announced or [])
+            if self._last_word.is_awaited:
+                self._take_over()
             else:
                 self._claim()
                 self._answers.confirm()
@@ -245,18 +243,19 @@ class Destination:
         """The machine runs before its memory is here (QEMU 7.2 ``loadvm_postcopy_handle_run``)."""
         self._check_heard()
         try:
-            has_last_word = self._announced is not None or self._ownership is not None
-            ownership = self._check_identity() if has_last_word else None
+            if self._last_word.is_awaited:
+                self._last_word.check()
             pings = self._load_package(package, postcopy)
-            if has_last_word:
+            if self._last_word.is_awaited:
                 self._pong(pings)
                 postcopy.keep()
-                self._await_go(postcopy, ownership)
+                self._last_word.take_early(postcopy)
             else:
                 self._claim()
                 postcopy.keep()
                 self._pong(pings)
         except BaseException:
+            self._last_word.decline()
             # Nobody writes to the source but this side again.
             postcopy.give_up()
             self._answers.go_through(None)
@@ -292,101 +291,26 @@ class Destination:
         for value in pings:
             self._answers.say(Pong(value))
 
-    def _await_go(self, postcopy: PostcopyDestination, ownership: Ownership | None) -> None:
-        """As :meth:`_take_over`, of a machine whose memory is still at its source."""
-        self._say_ready()
-        try:
-            if ownership is None:
-                postcopy.await_go(None)
-                reach("go-heard")
-                return self._claim()
-            postcopy.await_go(ownership.try_take)
-            reach("go-heard")
-            self._claim_owned(ownership)
-        except BaseException:
-            if ownership is not None:
-                self._let_go()
-                ownership.decline()
-            raise
-
-    def _say_ready(self) -> None:
-        self._meter.phase("ready")
-        with suppress(TransportError):  # it may have arrived nonetheless
-            for number in (READY, *Identity.own().numbers()):
-                self._answers.say(Pong(number))
-        reach("ready-said")
-
     def _check_heard(self) -> None:
         """A source that did not hear an answer does not hear of success, and keeps its machine."""
-        if self._unheard is not None and self._announced is None:
+        if self._unheard is not None and not self._last_word.is_announced:
             raise self._unheard
 
-    def _check_cancelled(self) -> None:
-        if self._cancelled:
-            raise ChannelClosed("the migration was cancelled on this side")
-
     def _refuse(self, error: BaseException) -> None:
-        self._answers.refuse(str(error) if self._announced is not None else None)
+        self._answers.refuse(str(error) if self._last_word.is_announced else None)
 
-    def _take_over(self, numbers: list[int]) -> None:
+    def _take_over(self) -> None:
         """Let the source have the last word, and then it is this side's machine."""
         try:
-            self._await_last_word(numbers)
+            self._last_word.take(self._main)
         except BaseException:
-            if self._ownership is not None:
-                self._let_go()
-                self._ownership.decline()
+            self._last_word.decline()
             self._sink.discard()
             raise
-        reach("go-heard")
-        self._claim()
         reach("images-active")
         with suppress(TransportError):  # a source that said go does not take the machine back
             self._answers.confirm()
         reach("shut-said")
-
-    def _check_identity(self) -> Ownership | None:
-        if len(self._announced or []) < NUMBERS:
-            raise PeerError("the source announced itself, and did not say who it is")
-        return self._check_owned()
-
-    def _await_last_word(self, numbers: list[int]) -> None:
-        if len(numbers) < NUMBERS:
-            raise PeerError("the source announced itself, and did not say who it is")
-        takeover = self._takeover = Takeover(self._main, Identity.from_numbers(numbers))
-        # Either this sees that it was cancelled, or whoever cancels sees the takeover.
-        self._check_cancelled()
-        ownership = self._check_owned()
-        self._say_ready()
-        patience = self._deadlines.idle
-        if ownership is None:
-            return takeover.wait(patience, lambda: self._meter.phase("in-doubt"))
-        takeover.wait_for(ownership.try_take, patience, lambda: self._meter.phase("in-doubt"))
-        return self._claim_owned(ownership)
-
-    def _claim_owned(self, ownership: Ownership) -> None:
-        # Between the two: nobody else may have the images now, and the machine does not run yet.
-        self._claim()
-        if not ownership.start():
-            raise PeerError("the machine is another engine's by now")
-
-    def _check_owned(self) -> Ownership | None:
-        """Both sides heed the same record, or none."""
-        ownership, token = self._ownership, self._token
-        if ownership is None:
-            if token is not None:
-                raise PeerError(
-                    "the source's machine has a record of who owns it, and this side's names none:"
-                    " name the same store on both sides"
-                )
-            return None
-        if token is None or len(token) < TOKEN:
-            raise PeerError(
-                f"the source names no record of who owns its machine, and this side heeds"
-                f" {ownership.store.uri}: name the same store on both sides"
-            )
-        ownership.expect(token[0] << 32 | token[1], self._deadlines.idle)
-        return ownership
 
     def _receive(self) -> None:
         reader = self._reader
@@ -573,7 +497,8 @@ class Destination:
                 if not self._reader.return_path:
                     raise PeerError("the source sent a ping but has opened no return path")
                 self._answer(Pong(command.value))
-                self._note_announcement(command.value)
+                if self._last_word.note(command.value) and self._postcopy is not None:
+                    self._answer(Pong(HEEDS))
             case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps
                 self._features.add("postcopy-ram")
                 self._connections.allow_preempt()
@@ -616,18 +541,6 @@ class Destination:
             if not isinstance(error.__cause__, ConnectionError):
                 raise
             self._unheard = self._unheard or error
-
-    def _note_announcement(self, value: int) -> None:
-        if self._token is not None and len(self._token) < TOKEN:
-            self._token.append(value)
-        elif self._announced is not None and len(self._announced) < NUMBERS:
-            self._announced.append(value)
-            if len(self._announced) == NUMBERS and self._postcopy is not None:
-                self._answer(Pong(HEEDS))
-        elif value == OWNED and self._announced is not None:
-            self._token = []
-        elif value == ANNOUNCE:
-            self._announced = []
 
     def _open_return_path(self) -> None:
         self._answers.open()

@@ -17,6 +17,7 @@ import vmferry
 from tests.migration.hosted import LONG, Hosted
 from tests.migration.postcopy.scripted import SIZE, Scripted
 from tests.migration.python_machine import PythonMachine
+from tests.support.processes import pagers
 from tests.transports.support import background, wait_until
 from vmferry.errors import TransportError
 from vmferry.memory import faults
@@ -88,9 +89,8 @@ class Waiting(Hosted):
 
     def pager(self) -> int:
         """The pid of the pager."""
-        threads = Path(f"/proc/{self._process.pid}/task").iterdir()
-        (child,) = (c for thread in threads for c in (thread / "children").read_text().split())
-        return int(child)
+        (found,) = pagers(self._process.pid)
+        return found
 
     def wait_for_pause(self) -> None:
         """Wait until it is paused once more."""

@@ -61,7 +61,8 @@ _READ: Final = 256 << 10
 """Bytes that are read in one go: a fault may wait as long as it takes to place them."""
 
 _UNSENT: Final = 1 << 20
-"""Bytes that may wait until the source takes them: more than there are pages to be asked for."""
+"""Bytes that may wait until the source takes them, beside the bitmaps that it asks for: more than
+there are threads to miss a page."""
 
 _FAREWELL: Final = 5.0
 """Seconds that the source has to take the last word."""
@@ -103,6 +104,7 @@ class Pager:
         self._idle: float | None = None
         self._heard = 0.0
         self._unsent = bytearray()
+        self._bitmaps = 0
         self._last_asked: str | None = None
         self._asks = False
         self._owes_word = False
@@ -168,7 +170,7 @@ class Pager:
             return
         self._unsent += data
         self._flush()
-        if len(self._unsent) > _UNSENT:
+        if len(self._unsent) > _UNSENT + self._bitmaps:
             raise PeerError("the source does not read what it is asked and told")
 
     def _flush(self) -> None:
@@ -243,14 +245,7 @@ class Pager:
 
     def _lose(self, reason: str) -> None:
         """The connection is of no more use."""
-        for link in (self._main, self._urgent):
-            if link is not None:
-                with contextlib.suppress(KeyError):
-                    self._poll.unregister(link.sock)
-                link.sock.close()
-        self._main = self._urgent = None
-        self._asks = self._owes_word = False
-        self._unsent.clear()
+        self._hang_up()
         if self._is_done:
             return
         if self._keeps:
@@ -260,6 +255,16 @@ class Pager:
             self._memory = None
             self._poll.unregister(self._faults)
             self._tell("failed", reason=reason)
+
+    def _hang_up(self) -> None:
+        for link in (self._main, self._urgent):
+            if link is not None:
+                with contextlib.suppress(KeyError):
+                    self._poll.unregister(link.sock)
+                link.sock.close()
+        self._main = self._urgent = None
+        self._asks = self._owes_word = False
+        self._unsent.clear()
 
     # The other side
 
@@ -288,10 +293,12 @@ class Pager:
                 total = sum(block.size for block in mapped) // PAGE_SIZE
                 shared = np.frombuffer(mmap.mmap(marks, total), np.uint8)
                 os.close(marks)
+                self._bitmaps = total // 8
                 self._memory = MissingMemory(self._faults, shared, mapped)
                 self._poll.register(self._faults, select.POLLIN)
             case {"do": "stream", "start": start, "recovery": recovery}:
                 main, head = descriptors
+                self._hang_up()
                 self._idle, self._words = message["idle"], list(message["words"])
                 blocks = tuple(RamBlock(name, size) for name, size in start.pop("blocks"))
                 self._start = Continuation(blocks, **start)
@@ -306,8 +313,11 @@ class Pager:
                 if read:
                     for event in reader.feed(read):
                         self._handle(event)
-            case {"do": "urgent"} if self._start is not None:
+            case {"do": "urgent"}:
                 (urgent,) = descriptors
+                if self._start is None or self._main is None:
+                    os.close(urgent)  # the connection that it belongs to is lost
+                    return
                 self._urgent = Link(socket.socket(fileno=urgent), UrgentReader(self._start))
                 self._poll.register(urgent, select.POLLIN)
             case {"do": "keep"}:

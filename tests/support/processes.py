@@ -1,0 +1,19 @@
+"""What processes there are."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+
+def pagers(parent: int) -> list[int]:
+    """The pagers that a process has started."""
+    found = []
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdecimal():
+            with suppress(OSError):  # it has ended
+                fields = (directory / "stat").read_text().rpartition(")")[2].split()
+                command = (directory / "cmdline").read_bytes()
+                if int(fields[1]) == parent and b"postcopy.pager" in command:
+                    found.append(int(directory.name))
+    return found
