@@ -94,6 +94,11 @@ class DirtyBlock:
                 return
             yield out[:count]
 
+    def give_back(self, numbers: Numbers) -> None:
+        """These pages are to be sent after all."""
+        bits = np.uint64(1) << (numbers & np.uint64(63))
+        np.bitwise_or.at(self.dirty, numbers >> np.uint64(6), bits)
+
 
 class Lead(Protocol):
     """Who leads the migration: knows the machine, and decides."""
@@ -227,6 +232,8 @@ class Precopy:
             )
             yield Batch(memoryview(self._room)[:used], following - first - zero, zero)
             first = following
+            if self._follows(block, numbers[first:]):
+                return
 
     def _pack_delta(
         self, cache: XbzrleCache, block: DirtyBlock, numbers: Numbers, base: int
@@ -257,6 +264,15 @@ class Precopy:
             if packed.size:
                 self._last_block = block
                 yield Batch(memoryview(self._room)[: packed.size], packed.normal, packed.zeros)
+            if self._follows(block, numbers[first:]):
+                return
+
+    def _follows(self, block: DirtyBlock, rest: Numbers) -> bool:
+        """Whether the rest of memory is to follow the machine: then this *rest* does too."""
+        if self._is_last or not self._lead.wants_postcopy():
+            return False
+        block.give_back(rest)
+        return True
 
 
 def _hand_over(pages: PageSender, block: DirtyBlock, numbers: Numbers) -> Numbers:
