@@ -109,7 +109,7 @@ class PostcopyDestination:
         self._received: dict[str, Marks] = {}
         self._first_pages: dict[str, int] = {}
         self._faults = -1
-        self._is_done = False
+        self._is_done = self._is_up = False
         self._start: Continuation | None = None
         self._channels: list[Channel] = []
         self._listener: Listener | None = None
@@ -124,6 +124,7 @@ class PostcopyDestination:
     def advise(self, command: PostcopyAdvise) -> None:
         """The source may switch later: forget all memory, so that what is missing can be seen.
 
+        The pager is waited for here, and not when the machine stands still.
         Raises :class:`PeerError` where its pages are not those of this host.
         """
         found = command.page_sizes, command.target_page
@@ -146,6 +147,8 @@ class PostcopyDestination:
             first = self._first_pages[block.name]
             self._received[block.name] = marks[first : first + block.pages]
         self._mark(self._received)
+        while not self._is_up:
+            self._step(None)
 
     def discard(self, command: RamDiscard) -> None:
         """Forget what the machine has written since it was sent."""
@@ -284,6 +287,8 @@ class PostcopyDestination:
                 self._faults = descriptor
             case {"event": "kept", "descriptor": descriptor}:
                 os.close(descriptor)
+            case {"event": "up"}:
+                self._is_up = True
             case {"event": "done"}:
                 self._is_done = True
             case {"event": "resumed"}:

@@ -15,6 +15,7 @@ Both sides talk over a socket in messages of JSON, with descriptors beside them:
     say     data                                   send it to the source
     flush                                          tell when all of that is on its way
 
+    up                                             it has started
     kept                    faults                 the answer to "keep"
     said                                           the answer to "flush", unless it is lost before
     word    value                                  a ping with a value of "words", once each
@@ -113,6 +114,7 @@ class Pager:
 
     def run(self) -> None:
         """Work until the other side is done."""
+        self._tell("up")
         while True:
             ready = {number for number, _ in self._poll.poll(self._patience())}
             if self._control.fileno() in ready and not self._obey():
