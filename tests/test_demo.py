@@ -8,8 +8,10 @@ from tests.machines.hosted import KINDS
 from vmferry.demo import Moment, Moved, demonstrate, unbroken
 from vmferry.errors import MachineError, UsageError
 from vmferry.machines import MachineConfig
+from vmferry.memory import faults
 
 RAM = 16 << 20
+NO_FAULTS = faults.missing(kernel=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -39,6 +41,24 @@ def test_machine_with_a_disk_keeps_its_journal() -> None:
     proof = demonstrate(ram=RAM, moves=2, disk=True)
     assert proof.records is not None
     assert 0 < proof.records <= proof.heartbeats
+
+
+@pytest.mark.skipif(NO_FAULTS is not None, reason=str(NO_FAULTS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_machine_goes_before_its_memory(kind: str) -> None:
+    seen: list[Moment] = []
+    moved: list[MachineConfig | Moved] = []
+    proof = demonstrate(
+        ram=RAM, moves=2, kind=kind, postcopy=True, told=moved.append, seen=seen.append
+    )
+    assert len(proof.downtimes) == 2
+    followed = [moment for moment in seen if moment.migration.is_postcopy]
+    assert {moment.number for moment in followed} == {1, 2}
+    assert followed[-1].sides[1].state == "runs without all of it"
+    for move in moved[1:]:
+        assert isinstance(move, Moved)
+        assert move.migration.requests > 0
+        assert move.migration.service_time is not None
 
 
 def test_it_takes_a_move() -> None:

@@ -30,6 +30,7 @@ from vmferry.qemu.driver import Migration
 from vmferry.qemu.hosting import DEFER
 from vmferry.qemu.info import MigrationInfo
 from vmferry.qemu.machine_process import MachineProcess
+from vmferry.qemu.postcopy import CAPABILITY, AfterRounds
 
 RAM: Final = 256 << 20
 
@@ -39,6 +40,8 @@ _RATE: Final = 8192
 """Pages that the guest rewrites in a second: 32 MiB."""
 _BANDWIDTH: Final = 96 << 20
 """Bytes per second, at least: little enough for a migration that can be watched."""
+_SHARE: Final = 4
+"""By what the background of a postcopy is slower: it shall be seen what is asked for."""
 _LOOK: Final = 0.05
 _PATIENCE: Final = 60.0
 _AFTERWARDS: Final = 1.0
@@ -116,13 +119,15 @@ def demonstrate(
     moves: int = 2,
     kind: str = "auto",
     disk: bool = False,
+    postcopy: bool = False,
     told: Told = lambda _: None,
     seen: Seen = lambda _: None,
 ) -> Proof:
     """Move a machine with *ram* bytes of memory *moves* times, and prove that it is intact.
 
     *kind* is ``kvm``, ``unicorn`` or ``auto``.  With a *disk*, which all the processes share, the
-    guest keeps a journal on it.  *told* is called with the machine at first and with
+    guest keeps a journal on it.  With *postcopy* it goes before its memory, which it asks for while
+    it runs.  *told* is called with the machine at first and with
     each move behind it; *seen* about every 50 ms with how it goes.  Raises
     :class:`~vmferry.errors.MachineError` where no machine can be run here, with what to install,
     and for whatever is wrong.
@@ -133,7 +138,7 @@ def demonstrate(
         image = Path(directory) / "disk.raw"
         config = _config(ram, usable_kind() if kind == "auto" else kind, image if disk else None)
         told(config)
-        with _Demonstration(config, moves, directory, seen) as demonstration:
+        with _Demonstration(config, moves, directory, postcopy, seen) as demonstration:
             downtimes = [moved.stood_still for moved in demonstration.run(told)]
             proof = demonstration.prove(tuple(downtimes))
         return replace(proof, records=_records(image, proof.heartbeats)) if disk else proof
@@ -170,6 +175,7 @@ class _Demonstration:
     config: MachineConfig
     moves: int
     directory: str
+    postcopy: bool
     seen: Seen
     cleanup: ExitStack = field(default_factory=ExitStack)
     processes: list[MachineProcess] = field(default_factory=list)
@@ -219,20 +225,33 @@ class _Demonstration:
     def _move(self, number: int) -> Moved:
         source, destination = self.processes[number - 1 : number + 1]
         uri = f"unix:{self.directory}/{number}"
+        if self.postcopy:
+            on = [{"capability": CAPABILITY, "state": True}]
+            destination.qmp.execute("migrate-set-capabilities", {"capabilities": on})
         destination.qmp.execute("migrate-incoming", {"uri": uri})
         self.rounds.clear()
         before = source.console.wait_beat(_PATIENCE)
         migration = Migration(source.qmp)
         bandwidth = max(_BANDWIDTH, Layout.of(self.config).pages * PAGE)
-        migration.begin(uri, parameters=_PARAMETERS | {"max-bandwidth": bandwidth})
+        bounds = {"max-bandwidth": bandwidth, "max-postcopy-bandwidth": bandwidth // _SHARE}
+        migration.begin(
+            uri,
+            parameters=_PARAMETERS | bounds,
+            postcopy=AfterRounds() if self.postcopy else None,
+        )
         self.states[number - 1] = "is being moved"
-        info = migration.wait(lambda now: self._show(number, now))
+        info = migration.wait(lambda now: self._look(number, now))
         self.states[number - 1 : number + 1] = "has moved away", "runs"
         # The first heartbeat may tell of the time before the move.
         self._wait(number, lambda: destination.console.count >= 2, info)
         stood_still = destination.console.beats[-1].stood_still(before) / 1e9
         self._go_on(number, info)
         return Moved(number, source.pid, destination.pid, info, stood_still)
+
+    def _look(self, number: int, now: MigrationInfo) -> None:
+        if now.is_postcopy:
+            self.states[number - 1 : number + 1] = "serves its memory", "runs without all of it"
+        self._show(number, now)
 
     def _go_on(self, number: int, info: MigrationInfo) -> None:
         """Let the guest check what has come."""

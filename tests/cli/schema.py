@@ -208,6 +208,7 @@ MIGRATION: dict[str, Check] = {
     "downtime": optional(seconds),
     "throttle": optional(size),
     "requests": size,
+    "service_time": optional(seconds),
     "stall": text,
     "error": text,
     "confirmed": optional(flag),

@@ -27,6 +27,12 @@ def command(
         bool,
         typer.Option("--disk", help="With a disk that all share, on which it keeps a journal."),
     ] = False,
+    postcopy: Annotated[
+        bool,
+        typer.Option(
+            "--postcopy", help="It goes before its memory, and asks for what it misses there."
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Move a machine between processes of this computer while it runs, and prove it intact.
@@ -50,6 +56,7 @@ def command(
                     moves=moves,
                     kind=kind,
                     disk=disk,
+                    postcopy=postcopy,
                     told=told,
                     seen=report.progress,
                 )

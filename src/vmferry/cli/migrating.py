@@ -38,7 +38,10 @@ class Migrating:
             f"{format_size(now.remaining)} of {format_size(now.total)} left",
         ]
         if now.is_postcopy:
-            return [first, ["runs on the other side", count(now.requests, "page") + " asked for"]]
+            asked = ["runs on the other side", count(now.requests, "page") + " asked for"]
+            if now.service_time is not None:
+                asked.append(f"each sent within {format_duration(now.service_time)}")
+            return [first, asked]
         second = [f"round {now.round}", f"{format_rate(now.dirty_rate)} dirtied"]
         if now.expected_downtime is not None:
             second.append(f"expected downtime {format_duration(now.expected_downtime)}")

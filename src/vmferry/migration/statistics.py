@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+import numpy as np
+
 from .capabilities import Capability
 from .parameters import Parameters
 from .postcopy.server import Service
@@ -18,6 +20,9 @@ from .progress import INTERVAL, Counters, Meter, Progress, Report
 from .status import UNDER_WAY, Status
 
 Info = dict[str, Any]
+
+_LATEST: Final = 1000
+"""Answers to requests that are looked at to say how fast they are."""
 
 _DONE: Final = frozenset({Status.COMPLETED, Status.SENT})
 
@@ -166,6 +171,8 @@ class Statistics(Meter):
         info |= self._times(status, parameters) | {"ram": self._ram()}
         if Capability.XBZRLE in capabilities:
             info["xbzrle-cache"] = self._xbzrle(parameters)
+        if took := self.service.took[-_LATEST:]:
+            info["x-vmferry-service-us"] = round(float(np.median(took)) * 1e6)
         if self._throttle:
             info["cpu-throttle-percentage"] = self._throttle
         return info

@@ -24,7 +24,8 @@ class MigrationInfo:
     in bytes per second, times in seconds.  ``round`` counts passes over memory from 1.
     ``remaining`` is what is known to be unsent, ``dirty_rate`` what the machine writes to,
     ``throttle`` how much it is slowed down, in percent.  ``requests`` counts pages that the machine
-    has asked for from the other side, in postcopy.  ``stall`` is why it makes no progress,
+    has asked for from the other side, in postcopy, and ``service_time`` is how long a machine of
+    vmferry takes to send one, the median.  ``stall`` is why it makes no progress,
     where a machine of vmferry says so; ``error`` is empty unless it failed with a reason;
     ``confirmed`` says whether a source that has completed was told so by the destination.  ``None``
     is what the machine does not tell, or not yet.
@@ -43,6 +44,7 @@ class MigrationInfo:
     downtime: float | None = None
     throttle: int | None = None
     requests: int = 0
+    service_time: float | None = None
     stall: str = ""
     error: str = ""
     confirmed: bool | None = None
@@ -67,6 +69,7 @@ class MigrationInfo:
             expected_downtime=_seconds(answer, "expected-downtime"),
             downtime=_seconds(answer, "downtime"),
             requests=_count(ram, "postcopy-requests"),
+            service_time=_scaled(answer, "x-vmferry-service-us", 1e6),
             throttle=None if throttle is None else int(throttle),
             stall=str(answer.get("x-vmferry-stall", "")),
             error=str(answer.get("error-desc", "")),
@@ -105,5 +108,10 @@ def _count(answer: Mapping[str, Any], key: str) -> int:
 
 
 def _seconds(answer: Mapping[str, Any], key: str) -> float | None:
+    return _scaled(answer, key, 1000)
+
+
+def _scaled(answer: Mapping[str, Any], key: str, units: float) -> float | None:
+    """So many *units* as seconds."""
     value = _number(answer, key)
-    return None if value is None else value / 1000
+    return None if value is None else value / units
