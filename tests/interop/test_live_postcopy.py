@@ -29,6 +29,7 @@ from vmferry.migration.control import Control
 from vmferry.migration.machine import LiveMachine
 from vmferry.migration.machine_source import MachineSource
 from vmferry.migration.status import Status
+from vmferry.wire.commands import PostcopyListen
 
 pytestmark = pytest.mark.qemu
 
@@ -153,13 +154,13 @@ class Moving:
         if name == "MIGRATION":
             self.statuses.append(data["status"])
 
-    def relayed(self, uri: str) -> str:
-        relay = Relay(f"unix:{self._lab.directory()}/r", uri)
+    def relayed(self, uri: str, cut_at: bytes | None = None) -> str:
+        relay = Relay(f"unix:{self._lab.directory()}/r", uri, trigger=cut_at)
         self._relays.append(self._stack.enter_context(relay))
         return relay.address
 
-    def begin(self) -> None:
-        self.source.migrate(self.relayed(self._uri))
+    def begin(self, cut_at: bytes | None = None) -> None:
+        self.source.migrate(self.relayed(self._uri, cut_at))
         self.wait_for(Status.ACTIVE)
 
     def wait_for(self, status: Status) -> None:
@@ -269,6 +270,19 @@ def test_qemu_that_dies_with_the_machine_does_not_bring_it_back(moving: Make) ->
     machine.source.cancel()
     assert machine.source.status is Status.POSTCOPY_PAUSED
     assert not machine.here.running
+
+
+def test_connection_that_breaks_with_the_package_leaves_it_to_an_operator(moving: Make) -> None:
+    """A QEMU runs what it has loaded and says so afterwards: nobody knows whether it has."""
+    machine = moving()
+    machine.begin(cut_at=PostcopyListen().encode())
+    machine.source.start_postcopy()
+    assert machine.source.wait(PATIENCE) == Status.FAILED
+    assert "the destination was sent the machine" in str(machine.source.error)
+    assert machine.source.in_doubt
+    assert not machine.here.running
+    machine.source.cont()
+    machine.stays()
 
 
 def test_cancel_before_it_has_gone_leaves_it_here(moving: Make) -> None:

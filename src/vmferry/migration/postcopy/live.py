@@ -195,8 +195,8 @@ class Follow:
         self._server.attach(self._way.main, self._way.urgent)
         if self._ownership is not None:
             self._ownership.offer(self._is_off)
-        self._send_package()
         try:
+            self._send_package()
             self._give()
         except Refused:
             self._handover.hear(Word.REFUSED)
