@@ -36,6 +36,8 @@ class Capability(StrEnum):
     """Source: stop at ``pre-switchover``, with the machine stopped, until told to go on."""
     MULTIFD = "multifd"
     """Both: pages on channels of their own."""
+    POSTCOPY_BLOCKTIME = "postcopy-blocktime"
+    """Accepted: a destination that is a QEMU tells how long its processors waited for memory."""
     LATE_BLOCK_ACTIVATE = "late-block-activate"
     """Destination: leave the disks of a machine that arrives stopped alone until ``cont``."""
     IGNORE_SHARED = "x-ignore-shared"
@@ -53,7 +55,6 @@ NOT_SUPPORTED: Final = (
     "release-ram",
     "block",
     "dirty-bitmaps",
-    "postcopy-blocktime",
     "background-snapshot",
     "zero-copy-send",
 )
