@@ -123,7 +123,12 @@ def test_same_checkpoint_many_times(lab: Lab) -> None:
     ("machine", "what"),
     [
         (("-machine", "pc", "-nodefaults", "-device", "VGA"), "more"),
-        (("-machine", "q35", "-nodefaults", "-m", "64M"), "has 64 MiB, not"),
+        (("-machine", "pc", "-nodefaults", "-m", "64M"), "has 64 MiB, not"),
+        (("-machine", "q35", "-nodefaults"), "type .pc-q35-7.2., the saved machine of .pc-i440"),
+        (
+            ("-machine", "pc-i440fx-7.1", "-nodefaults"),
+            "type .pc-i440fx-7.1., the saved machine of .pc-i440",
+        ),
     ],
 )
 def test_another_machine_is_refused_before_it_runs(

@@ -202,7 +202,9 @@ class Restore:
             listen_again(self._qmp, self._uri)
             return None
         waiting = WaitingQemu(self._qmp)
-        sizes = waiting.check(self._checkpoint.blocks)
+        configuration = self._checkpoint.configuration
+        machine = None if configuration is None else configuration.machine
+        sizes = waiting.check(self._checkpoint.blocks, machine)
         stated = {**sizes, **self._options.page_sizes}
         self._options = replace(self._options, page_sizes=stated)
         paused = is_paused(self._checkpoint)

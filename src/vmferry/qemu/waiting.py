@@ -61,11 +61,25 @@ class WaitingQemu:
             for found in _BLOCK.finditer(table)
         }
 
-    def check(self, blocks: Sequence[RamBlock]) -> dict[str, int]:
-        """Refuse another machine's memory; the page size of each block, as far as it tells.
+    def machine(self) -> str | None:
+        """The name of its machine type, version and all; ``None`` where it does not tell."""
+        try:
+            found = self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
+        except QmpError:
+            return None
+        return str(found).removesuffix("-machine")
+
+    def check(self, blocks: Sequence[RamBlock], machine: str | None = None) -> dict[str, int]:
+        """Refuse another *machine* or memory; the page size of each block, as far as it tells.
 
         Raises :class:`Refused` with what differs.
         """
+        other = self.machine()
+        if machine is not None and other is not None and other != machine:
+            raise Refused(
+                f"the QEMU that waits is of the machine type {printable(other)}, the saved machine"
+                f" of {printable(machine)}: start it as the saved machine was started"
+            )
         there = self.blocks()
         if there is None:
             return {}

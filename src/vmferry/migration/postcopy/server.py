@@ -141,14 +141,13 @@ class PageServer:
         self._main.send([part for part in parts if part], self._idle)
         self._meter.count(transferred=sum(map(len, parts)))
 
-    def begin(self) -> None:
-        """From here on pages may be sent."""
-        self.send([SectionPart(self._ram.number, RAM_SECTION).encode()])
+    def begin(self, *before: bytes) -> None:
+        """Behind the sections *before* pages may be sent."""
+        self.send([*before, SectionPart(self._ram.number, RAM_SECTION).encode()])
 
     def interject(self, *commands: Command) -> None:
         """Send commands between two parts."""
-        self.send([*self._end_of_part(), *(command.encode() for command in commands)])
-        self.begin()
+        self.begin(*self._end_of_part(), *(command.encode() for command in commands))
 
     def resume(self) -> None:
         """Hear what arrived, and go on behind it (QEMU 3.0)."""

@@ -167,9 +167,9 @@ class LazySource:
         self._meter.active(sum(b.ram.length for b in self._blocks), self._machine.page_size)
         if self._options.resume:
             server.resume()
+            server.begin()
         else:
-            server.send(self._opening())
-        server.begin()
+            server.begin(*self._opening())
         reach("package-sent")
         server.await_loaded()
         server.serve()
