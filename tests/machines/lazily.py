@@ -58,9 +58,11 @@ class Waiting:
         if event == "MIGRATION":
             self.statuses.append(str(data["status"]))
 
-    def wait_for(self, status: Status) -> None:
-        wait_until(lambda: self.control.status in {status, *ENDS}, LONG)
-        assert self.control.status is status, self.warnings
+    def wait_for(self, *statuses: Status) -> Status:
+        wait_until(lambda: self.control.status in {*statuses, *ENDS}, LONG)
+        found = self.control.status
+        assert found in statuses, (found, self.warnings)
+        return found
 
     def wait_until_running(self) -> None:
         """Wait until memory comes and the machine runs: from then on nothing is given up."""
@@ -119,9 +121,9 @@ def restore_with_losses(
                 os.kill(pager, signal.SIGKILL)
         else:
             begun.cut()
-        if not begun.was_lost:
+        has_ended = there.wait_for(Status.POSTCOPY_PAUSED, Status.COMPLETED) is Status.COMPLETED
+        if not begun.was_lost or has_ended:
             return number  # the machine has asked for all of its memory in no time
-        there.wait_for(Status.POSTCOPY_PAUSED)
         uri = there.control.recover(f"unix:{directory}/again-{number}")
     restore(checkpoint, uri, preempt=preempt, resume=True)
     return losses
