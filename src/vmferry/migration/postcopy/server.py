@@ -258,18 +258,21 @@ class PageServer:
         run = soon or self.left.next(self._most)
         if run is None:
             return False
-        self._limit.spend(run.count * run.block.unit)
-        self._send_run(run, self._main, self._records, asked=soon is not None)
+        # Pages of zeros that nobody wants are not sent, and wait for no limit.
+        self._limit.spend(self._send_run(run, self._main, self._records, asked=soon is not None))
         return True
 
-    def _send_run(self, run: Run, channel: Channel, records: Records, *, asked: bool) -> None:
+    def _send_run(self, run: Run, channel: Channel, records: Records, *, asked: bool) -> int:
+        """Send it; how many bytes that took."""
         parts, pages = records.of(run, asked=asked)
         if not parts:
-            return
+            return 0
         channel.send(parts, self._idle)
         self.service.pages += pages
-        self._meter.count(transferred=sum(map(len, parts)), normal=pages)
+        size = sum(map(len, parts))
+        self._meter.count(transferred=size, normal=pages)
         self._meter.tick()
+        return size
 
     # Answers
 
