@@ -110,6 +110,18 @@ def test_guest_goes_before_its_memory_and_is_whole(pair: Make, kind: str, preemp
     assert ram["remaining"] == 0
 
 
+def test_memory_that_was_never_used_stays_so(pair: Make) -> None:
+    moving = pair("unicorn")
+    ram = moving.here.machine.memory["ram"]
+    before = int((ram.populated() != 0).sum())
+    assert before < ram.pages * 3 // 4
+    moving.source.set_parameters({"max-postcopy-bandwidth": 0})
+    moving.begin()
+    moving.source.start_postcopy()
+    moving.is_whole()
+    assert int((ram.populated() != 0).sum()) <= before + 64
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_written_again_comes_again(pair: Make, kind: str) -> None:
     """Behind some rounds most of memory is there, and some of it out of date."""

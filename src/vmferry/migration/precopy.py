@@ -19,6 +19,7 @@ import numpy.typing as npt
 from vmferry.memory import PAGE_SIZE, DirtyLog, MemoryBlock
 from vmferry.pages import (
     XbzrleCache,
+    count_pages,
     gather_pages,
     pack_pages,
     pack_pages_xbzrle,
@@ -79,10 +80,12 @@ class DirtyBlock:
 
     def collect(self) -> int:
         """Add what was written since the last time; how many pages are to be sent."""
-        self.log.collect(self.memory, self.dirty)
-        bits = np.unpackbits(self.dirty.view(np.uint8), bitorder="little")[: self.memory.pages]
-        self.known |= bits
-        return int(np.count_nonzero(bits))
+        written = np.zeros_like(self.dirty)
+        self.log.collect(self.memory, written)
+        self.known |= np.unpackbits(written.view(np.uint8), bitorder="little")[: self.memory.pages]
+        # Beside it there may be pages that were not sent yet, which may have no memory at all.
+        self.dirty |= written
+        return count_pages(self.dirty)
 
     def take(self) -> Iterator[Numbers]:
         """Dirty pages, by number and ascending, some at a time, until none is left."""
