@@ -131,7 +131,7 @@ def test_whatever_is_lost_at_any_moment_nothing_is_wrong(
     choose = Random(kind)  # noqa: S311 - nothing secret
     checkpoint = save(kind)
     losses = 0
-    for move in range(5):
+    for move in range(3):
         preempt = choose.random() < 0.5
         directory = tmp_path / str(move)
         directory.mkdir()
