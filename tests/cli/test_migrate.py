@@ -80,12 +80,13 @@ def test_machine_goes_before_its_memory(
     when: tuple[str, ...],
 ) -> None:
     uri = f"unix:{tmp_path}/incoming"
-    there = start_qemu(*arguments, "-incoming", "defer")
-    on = [{"capability": "postcopy-ram", "state": True}]
-    there.execute("migrate-set-capabilities", {"capabilities": on})
-    there.execute("migrate-incoming", {"uri": uri})
+    monitor = f"{tmp_path}/there"
+    there = start_qemu(
+        *(*arguments, "-incoming", "defer", "-qmp", f"unix:{monitor},server=on,wait=off")
+    )
     done = vmferry(
-        *("migrate", source[0], uri, *when, "--parameter", "max-bandwidth=4MiB/s"),
+        *("migrate", source[0], uri, *when, "--destination-qmp", monitor),
+        *("--parameter", "max-bandwidth=4MiB/s"),
         *("--parameter", "downtime-limit=1ms"),
         *("--parameter", "max-postcopy-bandwidth=512KiB/s", "--json"),
     )
@@ -106,7 +107,7 @@ def test_machine_goes_before_its_memory(
         (["--postcopy", "--no-watch"], "has to watch"),
         (["--resume", "--postcopy"], "no other option"),
         (["--copy-storage"], "needs --destination-qmp"),
-        (["--destination-qmp", "x"], "is for --copy-storage and --resume"),
+        (["--destination-qmp", "x"], "is for --copy-storage, --postcopy and --resume"),
     ],
 )
 def test_options_that_do_not_go_together(wrong: list[str], words: str) -> None:

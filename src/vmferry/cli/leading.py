@@ -10,7 +10,7 @@ from typing import Any
 from vmferry.qemu import Migration, MigrationInfo, Qmp
 from vmferry.qemu.mirror import Both, Copied, StorageCopy, nbd_place
 from vmferry.qemu.postcopy import When
-from vmferry.qemu.waiting import listen_again
+from vmferry.qemu.waiting import WaitingQemu, listen_again
 from vmferry.units import format_size
 
 from .output import one_line
@@ -38,8 +38,8 @@ class Wanted:
         """What does not go together; nothing if all does."""
         if self.copy_storage and self.destination is None:
             return "--copy-storage needs --destination-qmp"
-        if self.destination is not None and not (self.copy_storage or self.resume):
-            return "--destination-qmp is for --copy-storage and --resume"
+        if self.destination is not None and not (self.copy_storage or self.resume or self.postcopy):
+            return "--destination-qmp is for --copy-storage, --postcopy and --resume"
         if self.resume and (self.copy_storage or self.postcopy or self.capabilities):
             return "--resume goes on with what was begun, which no other option changes"
         if self.copy_storage and self.postcopy:
@@ -67,6 +67,10 @@ def carried_out(wanted: Wanted, report: Reporter[Any], control: Work) -> Migrati
                 listen_again(stack.enter_context(Qmp.connect(wanted.destination)), wanted.uri)
             migration.resume(wanted.uri)
         else:
+            if wanted.destination is not None:
+                other = stack.enter_context(Qmp.connect(wanted.destination))
+                preempt = wanted.capabilities.get("postcopy-preempt", False)
+                WaitingQemu(other).listen(wanted.uri, preempt=preempt, paused=False)
             migration.begin(
                 wanted.uri,
                 capabilities=wanted.capabilities,

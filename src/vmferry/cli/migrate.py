@@ -84,7 +84,8 @@ def command(
         str | None,
         typer.Option(
             metavar="SOCKET",
-            help="The monitor of the other machine, for --copy-storage and --resume.",
+            help="The monitor of the other machine, for --copy-storage, --postcopy (it is made to "
+            "wait at URI, with the capability) and --resume.",
         ),
     ] = None,
     nbd: Annotated[
