@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from queue import SimpleQueue
@@ -234,10 +234,12 @@ class LiveSource:
         """See :class:`~.precopy.Lead`."""
         return self._wants_postcopy.is_set()
 
-    def discards_ahead(self) -> Iterator[RamDiscard]:
+    def discards_ahead(self) -> list[RamDiscard]:
         """See :class:`~.postcopy.way.Follower`."""
-        self._ahead = left_of(self._passes.look())
-        return discards(self._ahead)
+        blocks = left_of(self._passes.look(), self._ahead)
+        commands = list(discards(blocks, self._ahead))
+        self._ahead = blocks
+        return commands
 
     def follow(self, way: Way, ram: RamFormat) -> None:
         """See :class:`~.postcopy.way.Follower`."""

@@ -73,6 +73,10 @@ _DYING: Final = 1.0
 _SWITCHING: Final = 2
 """A ping, as QEMU numbers them, before memory follows the machine."""
 
+_LOOKS: Final = 5
+"""How often what was written meanwhile is looked for before the machine is stopped: each time it is
+what was written while the destination forgot that of the time before."""
+
 _NOBODY: Final = UUID(int=0)
 
 
@@ -356,11 +360,12 @@ class Source:
     def _switch(self, urgent: Channel | None, follower: Follower) -> None:
         """Let the machine run there, and its memory follow."""
         options, machine = self._options, self._machine
-        self._send(*follower.discards_ahead())
-        # When that is answered, all that was sent before is in its place, and what was to be
-        # forgotten is: the machine need not stand still meanwhile.
-        self._send(Ping(_SWITCHING))
-        heeds = self._verdict.heeds_go(_SWITCHING, options.answer)
+        heeds = False
+        for _ in range(_LOOKS):
+            self._send(*follower.discards_ahead(), Ping(_SWITCHING))
+            # When that is answered, all that was sent before is in its place, and what was to be
+            # forgotten is: the machine need not stand still meanwhile, but it writes.
+            heeds |= self._verdict.heeds_go(_SWITCHING, options.answer)
         self.has_switched = True
         way = Way(self._main, urgent, options.idle, options.answer, heeds)
         follower.follow(way, RamFormat(self._ram, machine.page_size, machine.footers))

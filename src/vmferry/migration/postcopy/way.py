@@ -30,7 +30,10 @@ class Follower(Protocol):
     """Who goes on where a source switches to postcopy."""
 
     def discards_ahead(self) -> Iterable[RamDiscard]:
-        """What the destination may forget while the machine still runs here."""
+        """What the destination may forget while the machine still runs here, and was not told yet.
+
+        Asked for more than once.
+        """
 
     def follow(self, way: Way, ram: RamFormat) -> None:
         """Stop the machine, give it away, and send its memory."""
