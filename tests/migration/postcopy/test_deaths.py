@@ -97,14 +97,6 @@ def test_source_that_fails_before_go_goes_on(pair: Pair, point: str) -> None:
     assert destination.run_state == "inmigrate"
 
 
-def test_source_that_dies_behind_go_takes_the_memory_along(pair: Pair) -> None:
-    """As in every postcopy: the machine waits for what only the source had."""
-    source, destination = pair.begin(source="go-said:kill")
-    source.wait_death()
-    destination.wait_for("postcopy-paused")
-    assert "source" in destination.query()["error-desc"]
-
-
 @pytest.mark.parametrize("point", ["memory-known", "loaded", "ready-said"])
 @pytest.mark.parametrize("action", ["kill", "fail"])
 def test_destination_lost_before_it_took_the_machine_leaves_it(
@@ -147,6 +139,9 @@ def test_failure_while_it_is_taken_up_again_is_another_pause(pair: Pair) -> None
         source="reconnected:fail", relayed=True, max_postcopy_bandwidth=100_000
     )
     source.wait_for("postcopy-active")
+    # All that it writes has come: else it would hold the lock that its monitor needs.
+    before = destination.qmp.execute("x-steps")
+    wait_until(lambda: destination.qmp.execute("x-steps") > before)
     pair.relay.cut()
     source.wait_for("postcopy-paused")
     destination.wait_for("postcopy-paused")
