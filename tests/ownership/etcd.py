@@ -54,9 +54,16 @@ class Etcd:
     def frozen(self) -> Iterator[None]:
         self.process.send_signal(signal.SIGSTOP)
         try:
+            wait_until(self._stands_still)
             yield
         finally:
             self.process.send_signal(signal.SIGCONT)
+
+    def _stands_still(self) -> bool:
+        """Whether every thread has stopped: one that has not may still answer."""
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks]
+        return all(state == "T" for state in states)
 
     def close(self) -> None:
         self.process.kill()
