@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .signals import Work
 
 _DIGITS = 9
+"""Digits of a number of passes, at most."""
 
 _PATIENCE = 10.0
 """Seconds that cancelling may take, after ctrl-C."""

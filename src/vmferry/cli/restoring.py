@@ -15,6 +15,7 @@ from vmferry import Checkpoint, SendOptions, UsageError, VmferryError, send
 from vmferry.checkpoint.restore import Restore, Restored
 from vmferry.errors import PeerError, printable
 from vmferry.migration.postcopy.source import LazyOptions
+from vmferry.qemu.process import ended
 from vmferry.qemu.qmp import Qmp
 from vmferry.units import parse_size
 
@@ -105,7 +106,8 @@ class _Dependable:
 
     def cancel(self) -> None:
         if self._process is not None:
-            _end(self._process)
+            # It is served meanwhile: while a processor of it waits for a page it does not end.
+            ended(self._process, _END)
         elif self._work.is_needed:
             message = (
                 "a machine runs that does not have all of its memory: this ends when it has, or at"
@@ -121,19 +123,6 @@ def _tell_paused(
 ) -> None:
     if process is None or process.poll() is None:
         report.happened("paused", f"{error}", message=str(error))
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask QEMU to end, and make it where it does not.
-
-    It is to be served meanwhile: while one of its processors waits for a page it does not end.
-    """
-    process.terminate()
-    try:
-        process.wait(_END)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 @contextmanager
@@ -153,7 +142,7 @@ def _started(wanted: Wanted) -> Iterator[tuple[subprocess.Popen[bytes], Wanted]]
             yield process, replace(wanted, uri=uri, qmp=monitor)
         finally:
             if process.poll() is None:
-                _end(process)
+                ended(process, _END)
 
 
 @contextmanager

@@ -50,7 +50,13 @@ def get_bits(bitmap: Bitmap, count: int) -> Flags:
     return np.unpackbits(bitmap.view(np.uint8), count=count, bitorder="little").view(np.bool_)
 
 
-def runs(flags: Flags) -> list[tuple[int, int]]:
+def spans(flags: Flags) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """Where *flags* are set: the first of each run, and the one after its last."""
-    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False)).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    edges = np.flatnonzero(np.diff(flags, prepend=False, append=False))
+    return edges[::2], edges[1::2]
+
+
+def runs(flags: Flags) -> list[tuple[int, int]]:
+    """As :func:`spans`, run by run."""
+    starts, ends = spans(flags)
+    return list(zip(starts.tolist(), ends.tolist(), strict=True))

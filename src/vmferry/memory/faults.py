@@ -55,9 +55,13 @@ def open_faults(*, kernel: bool) -> int:
 
     Raises :class:`OSError` where this host does not give one.
     """
-    descriptor = _open(kernel=kernel)
+    return greeted(_open(kernel=kernel), _SHMEM)
+
+
+def greeted(descriptor: int, features: int) -> int:
+    """*descriptor*, with these features; closed where the kernel has not all of them."""
     try:
-        fcntl.ioctl(descriptor, _HELLO, bytearray(struct.pack("3Q", _API, _SHMEM, 0)))
+        fcntl.ioctl(descriptor, _HELLO, bytearray(struct.pack("3Q", _API, features, 0)))
     except BaseException:
         os.close(descriptor)
         raise

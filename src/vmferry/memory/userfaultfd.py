@@ -27,17 +27,15 @@ from vmferry.pages import count_pages
 
 from .bits import Bitmap, Flags, gathered, runs, set_bits
 from .blocks import GuestMemory, MemoryBlock
-from .faults import USER_MODE_ONLY, userfaultfd
+from .faults import USER_MODE_ONLY, greeted, userfaultfd
 from .holes import PAGE_SIZE, REGION, populated, units_populated
 from .pagemap import Pagemap
 
 # linux/userfaultfd.h
-_UFFD_API: Final = 0xAA
 _FEATURES: Final = (1 << 12) | (1 << 13) | (1 << 15)
 """``WP_HUGETLBFS_SHMEM``, ``WP_UNPOPULATED``, ``WP_ASYNC``."""
 _MODE_WP: Final = 2
 _PROTECT: Final = 1
-_API: Final = 0xC018AA3F
 _REGISTER: Final = 0xC020AA00
 _WRITEPROTECT: Final = 0xC018AA06
 
@@ -165,13 +163,7 @@ class UserfaultfdLog:
 
 
 def _open() -> int:
-    descriptor = userfaultfd(USER_MODE_ONLY)
-    try:
-        fcntl.ioctl(descriptor, _API, bytearray(struct.pack("3Q", _UFFD_API, _FEATURES, 0)))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return greeted(userfaultfd(USER_MODE_ONLY), _FEATURES)
 
 
 def _take_new(block: MemoryBlock, regions: Flags) -> Flags:

@@ -11,7 +11,7 @@ and does what the stall policy says:
   again: near a minimum, whatever the machine does in between.
 * *throttle* slows the machine down by one step more.
 * *postcopy* lets the machine go before its memory, where the capability is on.
-* *give-up* gives up, and so do the two before where they have no step left.
+* *give-up* gives up, and so do those before that have no step left, or no capability.
 
 All but the first end: there are so many steps, and a stall follows the other after so many rounds.
 A change of parameters and a step of auto-converge begin the observation anew.

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.memory import PAGE_SIZE, DirtyLog, MemoryBlock
+from vmferry.memory.bits import get_bits
 from vmferry.pages import (
     XbzrleCache,
     count_pages,
@@ -82,7 +83,7 @@ class DirtyBlock:
         """Add what was written since the last time; how many pages are to be sent."""
         written = np.zeros_like(self.dirty)
         self.log.collect(self.memory, written)
-        self.known |= np.unpackbits(written.view(np.uint8), bitorder="little")[: self.memory.pages]
+        self.known |= get_bits(written, self.memory.pages)
         # Beside it there may be pages that were not sent yet, which may have no memory at all.
         self.dirty |= written
         return count_pages(self.dirty)
@@ -163,12 +164,10 @@ class Precopy:
             yield self._round(pages, None if self._syncs == 0 else self._lead.delta())
             self._pieces.iterate()
             if self._lead.wants_postcopy():
-                self.switches = True
-                return
+                break
             going_on = self._lead.another(self._collect() + self._pieces.pending())
-            if self._lead.wants_postcopy():
-                self.switches = True
-                return
+            going_on = going_on and not self._lead.wants_postcopy()
+        self.switches = self._lead.wants_postcopy()
 
     def rest(self, pages: PageSender | None) -> Iterator[Batch]:
         """Stop the machine, and send what it wrote last."""

@@ -59,16 +59,13 @@ from .passes import OnePass, Passes
 from .postcopy.server import RamFormat
 from .postcopy.way import Follower, Way
 from .progress import Meter
-from .takeover import ANNOUNCE, GO, GRANTED, OWNED, keeping_the_machine
+from .takeover import ANNOUNCE, GO, GRANTED, OWNED, has_died, keeping_the_machine
 from .verdict import Verdict
 
 _FLUSHES_SINCE: Final = (8, 1)
 """Machine types from this version on synchronise multifd by a record, not at each section's end."""
 
 _CANCELLED: Final = "the migration was cancelled on this side"
-
-_DYING: Final = 1.0
-"""Seconds that a process may take to end after its connections did."""
 
 _SWITCHING: Final = 2
 """A ping, as QEMU numbers them, before memory follows the machine."""
@@ -194,9 +191,9 @@ class Source:
             reach("connected")
             try:
                 self._send_all(cleanup)
-                if self._answered and not self.has_switched:
-                    self._conclude()
                 if not self.has_switched:
+                    if self._answered:
+                        self._conclude()
                     main.end_of_data()
             except BaseException as error:
                 refusal = None
@@ -251,8 +248,7 @@ class Source:
         if self._ownership is not None:
             self.handover.hear(Word.LOST)
             raise error  # the record says whose it is
-        # Over a direct connection nothing is lost that was said before the process ended.
-        if self._main.peer_pid == destination.pid and destination.dies_within(_DYING):
+        if has_died(self._main, destination):
             if self._verdict.is_success():
                 return None
             self.handover.hear(Word.GONE)
@@ -281,10 +277,7 @@ class Source:
             left = self.handover.hear(Word.CANCEL)
             if left in {None, Stage.OFFERED}:
                 return left is not None  # whoever waits for the destination tells it so
-        self._cancelled = True
-        self.limit.shutdown()
-        for channel in list(self._channels):
-            channel.shutdown()
+        self.abandon()
         return True
 
     def abandon(self) -> None:
@@ -362,10 +355,13 @@ class Source:
         options, machine = self._options, self._machine
         heeds = False
         for _ in range(_LOOKS):
-            self._send(*follower.discards_ahead(), Ping(_SWITCHING))
+            forgotten = follower.discards_ahead()
+            self._send(*forgotten, Ping(_SWITCHING))
             # When that is answered, all that was sent before is in its place, and what was to be
             # forgotten is: the machine need not stand still meanwhile, but it writes.
             heeds |= self._verdict.heeds_go(_SWITCHING, options.answer)
+            if not forgotten:
+                break
         self.has_switched = True
         way = Way(self._main, urgent, options.idle, options.answer, heeds)
         follower.follow(way, RamFormat(self._ram, machine.page_size, machine.footers))

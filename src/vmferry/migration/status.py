@@ -52,6 +52,14 @@ _SETUP: Final = frozenset({Status.SETUP})
 _DONE: Final = frozenset({Status.COMPLETED, Status.SENT})
 _BREAKS_OFF: Final = frozenset({Status.FAILED, Status.CANCELLING})
 
+_POSTCOPY: Final[Table] = {
+    Status.POSTCOPY_ACTIVE: frozenset({Status.POSTCOPY_PAUSED, Status.COMPLETED, Status.FAILED}),
+    Status.POSTCOPY_PAUSED: frozenset({Status.POSTCOPY_RECOVER, Status.FAILED}),
+    Status.POSTCOPY_RECOVER: frozenset(
+        {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED}
+    ),
+}
+
 # ``colo`` and ``wait-unplug`` are not ours.
 #
 # One row is not QEMU's: pre-switchover to failed.  A QEMU that waits there does not see that its
@@ -64,11 +72,7 @@ SOURCE: Final[Table] = {
     ),
     Status.PRE_SWITCHOVER: frozenset({Status.DEVICE}) | _BREAKS_OFF,
     Status.DEVICE: frozenset({Status.POSTCOPY_ACTIVE}) | _DONE | _BREAKS_OFF,
-    Status.POSTCOPY_ACTIVE: frozenset({Status.POSTCOPY_PAUSED, Status.COMPLETED, Status.FAILED}),
-    Status.POSTCOPY_PAUSED: frozenset({Status.POSTCOPY_RECOVER, Status.FAILED}),
-    Status.POSTCOPY_RECOVER: frozenset(
-        {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED}
-    ),
+    **_POSTCOPY,
     Status.CANCELLING: frozenset({Status.CANCELLED}),
     Status.COMPLETED: _SETUP,
     Status.FAILED: _SETUP,
@@ -85,11 +89,7 @@ DESTINATION: Final[Table] = {
     Status.NONE: _SETUP,
     Status.SETUP: frozenset({Status.ACTIVE, Status.FAILED}),
     Status.ACTIVE: frozenset({Status.POSTCOPY_ACTIVE, Status.COMPLETED, Status.FAILED}),
-    Status.POSTCOPY_ACTIVE: frozenset({Status.POSTCOPY_PAUSED, Status.COMPLETED, Status.FAILED}),
-    Status.POSTCOPY_PAUSED: frozenset({Status.POSTCOPY_RECOVER, Status.FAILED}),
-    Status.POSTCOPY_RECOVER: frozenset(
-        {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.FAILED}
-    ),
+    **_POSTCOPY,
     Status.COMPLETED: frozenset(),
     Status.FAILED: frozenset(),
 }
@@ -101,9 +101,7 @@ and ``postcopy-recover`` from when that is back until it goes on."""
 ENDS: Final = frozenset({Status.COMPLETED, Status.SENT, Status.FAILED, Status.CANCELLED})
 """Where a migration is over."""
 
-POSTCOPY: Final = frozenset(
-    {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER}
-)
+POSTCOPY: Final = frozenset(_POSTCOPY)
 """Where the machine is the destination's, and some of its memory still at the source."""
 
 UNDER_WAY: Final = frozenset(Status) - ENDS - {Status.NONE}

@@ -67,6 +67,9 @@ GO: Final = int.from_bytes(b"vmfG")
 ABORT: Final = int.from_bytes(b"vmfX")
 """A ping behind the description: the machine stays the source's."""
 
+_DYING: Final = 1.0
+"""Seconds that a process may take to end after its connections did."""
+
 _ASK: Final = 0.1
 """Seconds between two looks at whether the source still lives, in doubt."""
 
@@ -152,6 +155,14 @@ class Takeover:
         if self._word == Ping(ABORT).encode():
             raise PeerError("the source has taken its machine back")
         raise PeerError(f"expected the source's last word, found {self._word.hex(' ')}")
+
+
+def has_died(main: Channel, destination: Identity) -> bool:
+    """Whether *destination* is known to have ended; what it said before has come on *main*.
+
+    Over a direct connection, that is: only there nothing is lost.
+    """
+    return main.peer_pid == destination.pid and destination.dies_within(_DYING)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from vmferry.machines import MachineConfig
 from vmferry.machines.config import to_toml
 from vmferry.machines.guest.console import Console
 from vmferry.qemu.hosting import CHECK
+from vmferry.qemu.process import ended
 from vmferry.qemu.qmp import Qmp
 
 _POLL: Final = 0.02
@@ -144,12 +145,7 @@ class MachineProcess:
             self.console.feed(data)
 
     def _end(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(_END)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        ended(self._process, _END)
         self._listener.join()
         if self._process.stdout:
             self._process.stdout.close()

@@ -121,12 +121,7 @@ class QemuProcess:
 
     def stop(self) -> int:
         """End QEMU, by force if it does not listen, and return its exit status.  Idempotent."""
-        self._process.terminate()
-        try:
-            return self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        return ended(self._process, 5)
 
     def wait_exit(self, timeout: float | None = None) -> int:
         """Wait until QEMU ends by itself; its exit status."""
@@ -236,3 +231,13 @@ class QemuProcess:
         except subprocess.TimeoutExpired:
             return exc
         return PeerError(f"QEMU ended with status {status}: {self._last_words() or 'no message'}")
+
+
+def ended(process: subprocess.Popen[bytes], patience: float) -> int:
+    """End *process*, by force if it does not within *patience* seconds; its exit status."""
+    process.terminate()
+    try:
+        return process.wait(patience)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()

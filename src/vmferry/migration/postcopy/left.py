@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vmferry.errors import StreamError, UsageError, printable
-from vmferry.migration.outgoing import PageStore
 from vmferry.wire.ram import RamBlock
 
 Flags = npt.NDArray[np.bool_]
@@ -25,8 +24,11 @@ _MAX_URGENT: Final = 1 << 16
 """Requests that may wait: more than a machine can have threads that wait for a page."""
 
 
-class LazyStore(PageStore, Protocol):
+class LazyStore(Protocol):
     """Memory of which not all has to be looked at."""
+
+    def read(self, offset: int, *buffers: memoryview) -> None:
+        """Fill *buffers*, one behind the other, with the bytes from *offset* on."""
 
     def data_from(self, offset: int) -> tuple[int, int] | None:
         """The first stretch from *offset* on that may hold anything, as bytes from and to."""

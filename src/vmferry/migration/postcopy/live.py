@@ -13,27 +13,24 @@ from contextlib import suppress
 from typing import Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from vmferry.errors import ChannelClosed, InDoubt, PeerError, Refused, VmferryError
 from vmferry.faults import reach
 from vmferry.memory import PAGE_SIZE
+from vmferry.memory.bits import get_bits, spans
 from vmferry.migration.handover import Handover, Word
 from vmferry.migration.outgoing import Outgoing
 from vmferry.migration.precopy import DirtyBlock
 from vmferry.migration.progress import Meter
-from vmferry.migration.takeover import ABORT, GO, GRANTED
+from vmferry.migration.takeover import ABORT, GO, GRANTED, has_died
 from vmferry.ownership.engine import Ownership
 from vmferry.ownership.identity import Identity
 from vmferry.transports import Channel, RateLimit
-from vmferry.wire.commands import Package, Ping, PostcopyListen, PostcopyRun, RamDiscard
+from vmferry.wire.commands import Ping, RamDiscard
 
 from .left import Block
-from .server import LOADED, PageServer, RamFormat, Service
+from .server import PageServer, RamFormat, Service, package_of
 from .way import Way
-
-_DYING: Final = 1.0
-"""Seconds that a process may take to end after its connections did."""
 
 _RANGES: Final = 12
 """Ranges in a command, as many as QEMU puts there."""
@@ -76,13 +73,8 @@ class LiveStore:
         self._content = block.content
         self._known = block.known
 
-    @property
-    def sums(self) -> npt.NDArray[np.uint64]:
-        """Not known."""
-        raise NotImplementedError
-
     def read(self, offset: int, *buffers: memoryview) -> None:
-        """See :class:`~vmferry.migration.outgoing.PageStore`."""
+        """See :class:`~.left.LazyStore`."""
         for buffer in buffers:
             buffer[:] = self._content[offset : offset + len(buffer)]
             offset += len(buffer)
@@ -107,8 +99,7 @@ def left_of(blocks: Sequence[DirtyBlock], ahead: Sequence[Block] = ()) -> list[B
     found = []
     for number, dirty in enumerate(blocks):
         block = Block(dirty.block, LiveStore(dirty), PAGE_SIZE)
-        bits = np.unpackbits(dirty.dirty.view(np.uint8), bitorder="little")
-        block.sent = bits[: dirty.memory.pages] == 0
+        block.sent = ~get_bits(dirty.dirty, dirty.memory.pages)
         if ahead:
             block.sent &= ahead[number].sent
         found.append(block)
@@ -125,7 +116,7 @@ def discards(blocks: Sequence[Block], ahead: Sequence[Block] = ()) -> Iterator[R
         blocks[0].sent[0] = False
     for number, block in enumerate(blocks):
         told = ahead[number].sent if ahead else True
-        starts, ends = _ranges(~block.sent & told)
+        starts, ends = spans(~block.sent & told)
         gap = 1
         while len(starts) > _MOST_RANGES:
             gap *= 2
@@ -137,13 +128,6 @@ def discards(blocks: Sequence[Block], ahead: Sequence[Block] = ()) -> Iterator[R
         ranges = list(zip((starts * block.unit).tolist(), sizes, strict=True))
         for first in range(0, len(ranges), _RANGES):
             yield RamDiscard(block.ram.name, tuple(ranges[first : first + _RANGES]))
-
-
-def _ranges(
-    flags: npt.NDArray[np.bool_],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    edges = np.flatnonzero(np.diff(flags.astype(np.int8), prepend=0, append=0))
-    return edges[::2].astype(np.int64), edges[1::2].astype(np.int64)
 
 
 class Follow:
@@ -215,18 +199,13 @@ class Follow:
             self._ownership.given()
 
     def _send_package(self) -> None:
-        package = [
-            PostcopyListen().encode(),
-            *map(bytes, self._machine.devices),
-            Ping(LOADED).encode(),
-            PostcopyRun().encode(),
-        ]
+        package = package_of(self._machine.devices)
         self._server.send([command.encode() for command in self._forget])
         reach("discards-sent")
         self._hear(Word.SENT)
         if not self._way.heeds:
             self._hear(Word.READY)  # it runs what it has loaded, and says so afterwards
-        self._server.send([Package(b"".join(package)).encode()])
+        self._server.send([package])
         self._server.begin()
         reach("package-sent")
 
@@ -288,9 +267,7 @@ class Follow:
             if self._ownership is None:
                 server.await_taken()
         except VmferryError as error:
-            # Over a direct connection nothing is lost that was said before the process ended.
-            direct = self._way.main.peer_pid == destination.pid and self._ownership is None
-            if direct and destination.dies_within(_DYING):
+            if self._ownership is None and has_died(self._way.main, destination):
                 server.drain()
                 if not server.is_taken:
                     self._handover.hear(Word.GONE)

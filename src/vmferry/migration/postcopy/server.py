@@ -7,7 +7,7 @@ the rest: a request waits for nothing but what is in the socket already, and tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -26,7 +26,15 @@ from vmferry.migration.takeover import GO, READY
 from vmferry.ownership.identity import NUMBERS, Identity
 from vmferry.transports import Channel, RateLimit
 from vmferry.units import format_duration
-from vmferry.wire.commands import Command, PostcopyResume, ReceivedBitmap
+from vmferry.wire.commands import (
+    Command,
+    Package,
+    Ping,
+    PostcopyListen,
+    PostcopyResume,
+    PostcopyRun,
+    ReceivedBitmap,
+)
 from vmferry.wire.layout import RAM_SECTION
 from vmferry.wire.ram import RamEnd
 from vmferry.wire.return_path import (
@@ -81,6 +89,22 @@ class RamFormat:
     number: int
     page_size: int
     footers: bool
+
+    def end_of_part(self) -> list[bytes]:
+        """What ends a part of it, or its start."""
+        footer = [SectionFooter(self.number).encode()] if self.footers else []
+        return [RamEnd().encode(), *footer]
+
+
+def package_of(devices: Iterable[bytes]) -> bytes:
+    """The devices of a machine, which are loaded while memory is served, and the word to run it."""
+    parts = [
+        PostcopyListen().encode(),
+        *map(bytes, devices),
+        Ping(LOADED).encode(),
+        PostcopyRun().encode(),
+    ]
+    return Package(b"".join(parts)).encode()
 
 
 class PageServer:
@@ -147,7 +171,7 @@ class PageServer:
 
     def interject(self, *commands: Command) -> None:
         """Send commands between two parts."""
-        self.begin(*self._end_of_part(), *(command.encode() for command in commands))
+        self.begin(*self._ram.end_of_part(), *(command.encode() for command in commands))
 
     def resume(self) -> None:
         """Hear what arrived, and go on behind it (QEMU 3.0)."""
@@ -200,7 +224,7 @@ class PageServer:
         """
         if self._urgent is not self._main:
             self._urgent.send([RamEnd().encode()], self._idle)
-        self.send([*self._end_of_part(), EndOfStream().encode()])
+        self.send([*self._ram.end_of_part(), EndOfStream().encode()])
         within = self._answer_within
         deadline = None if within is None else time.monotonic() + within
         while True:
@@ -212,10 +236,6 @@ class PageServer:
                     pass  # all data is there, or on its way
                 case other:
                     self._hear(other)
-
-    def _end_of_part(self) -> list[bytes]:
-        footer = [SectionFooter(self._ram.number).encode()] if self._ram.footers else []
-        return [RamEnd().encode(), *footer]
 
     # Serving
 

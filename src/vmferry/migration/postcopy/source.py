@@ -22,32 +22,32 @@ from vmferry.errors import (
     printable,
 )
 from vmferry.faults import reach
-from vmferry.migration.outgoing import Outgoing
+from vmferry.migration.outgoing import Outgoing, PageStore
 from vmferry.migration.progress import Meter
 from vmferry.migration.source import Connect
 from vmferry.transports import Channel, RateLimit
 from vmferry.wire.commands import (
     OpenReturnPath,
-    Package,
-    Ping,
     PostcopyAdvise,
-    PostcopyListen,
-    PostcopyRun,
     RamDiscard,
 )
 from vmferry.wire.layout import IGNORE_SHARED, RAM_SECTION
-from vmferry.wire.ram import RamBlock, RamBlocks, RamEnd
+from vmferry.wire.ram import RamBlock, RamBlocks
 from vmferry.wire.reader import VERSIONS
-from vmferry.wire.sections import Header, SectionFooter, SectionStart
+from vmferry.wire.sections import Header, SectionStart
 
 from .left import Block, LazyStore
-from .server import LOADED, PageServer, RamFormat, Service
+from .server import PageServer, RamFormat, Service, package_of
+
+
+class StoredMemory(PageStore, LazyStore, Protocol):
+    """The content of a RAM block that is stored, and where it has any."""
 
 
 class LazyMachine(Outgoing, Protocol):
     """A machine that does not run, and whose memory can be looked up."""
 
-    def memory(self, block: RamBlock) -> LazyStore | None:
+    def memory(self, block: RamBlock) -> StoredMemory | None:
         """The content of a block; ``None`` where both sides share it."""
 
 
@@ -189,12 +189,6 @@ class LazySource:
             RamBlock(b.ram.name, b.ram.length, None if b.unit == mmap.PAGESIZE else b.unit)
             for b in self._blocks
         ]
-        package = [
-            PostcopyListen().encode(),
-            *map(bytes, machine.devices),
-            Ping(LOADED).encode(),
-            PostcopyRun().encode(),
-        ]
         configuration = machine.configuration
         return [
             Header().encode(),
@@ -203,12 +197,11 @@ class LazySource:
             PostcopyAdvise(sizes, machine.page_size).encode(),
             SectionStart(self._ram.number, RAM_SECTION, 0, VERSIONS[RAM_SECTION]).encode(),
             RamBlocks(tuple(listed)).encode(),
-            RamEnd().encode(),
-            SectionFooter(self._ram.number).encode() if self._ram.footers else b"",
+            *self._ram.end_of_part(),
             *map(bytes, machine.early),
             # Without any the destination is not ready to place pages.
             RamDiscard(first.ram.name, ((0, first.unit),)).encode(),
-            Package(b"".join(package)).encode(),
+            package_of(machine.devices),
         ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,7 +29,7 @@ class Way:
 class Follower(Protocol):
     """Who goes on where a source switches to postcopy."""
 
-    def discards_ahead(self) -> Iterable[RamDiscard]:
+    def discards_ahead(self) -> Sequence[RamDiscard]:
         """What the destination may forget while the machine still runs here, and was not told yet.
 
         Asked for more than once.
