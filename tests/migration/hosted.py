@@ -52,6 +52,7 @@ def main(path: str, role: str) -> None:
             ownership.await_machine()
         commands = machine_commands(control) | {
             "x-steps": Command(lambda _: machine.steps, at_once=True),
+            "x-drop": Command(lambda _: control.cancel_incoming()),
             "x-check": Command(lambda _: _check(machine)),
         }
         with QmpServer(path, commands, greeting=GREETING, leave=told_to_end.set) as server:

@@ -112,6 +112,16 @@ def test_destination_lost_before_it_took_the_machine_leaves_it(
         assert destination.run_state == "inmigrate"
 
 
+def test_destination_that_refuses_what_is_given_already_leaves_it(pair: Pair) -> None:
+    source, destination = pair.begin(source="ready-heard:stop")
+    source.wait_frozen()
+    destination.qmp.execute("x-drop")
+    destination.wait_for("failed")
+    source.thaw()  # it says go, and hears the refusal then
+    source.wait_for("failed")
+    source.runs_on()
+
+
 @pytest.mark.parametrize("point", ["go-heard", "running"])
 def test_destination_that_dies_with_the_machine_takes_it_along(pair: Pair, point: str) -> None:
     source, destination = pair.begin(destination=f"{point}:kill")

@@ -238,7 +238,11 @@ class Follow:
         server = self._server
         try:
             self._say_go()
-        except (ChannelClosed, Refused):
+        except ChannelClosed:
+            raise
+        except Refused:
+            if not server.is_taken:
+                self._handover.hear(Word.REFUSED)
             raise
         except VmferryError as error:
             if self._handover.may_run:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,7 +23,7 @@ from vmferry.faults import reach
 from vmferry.migration.progress import Meter
 from vmferry.migration.takeover import GO, READY
 from vmferry.ownership.identity import NUMBERS, Identity
-from vmferry.transports import Channel, RateLimit
+from vmferry.transports import Buffer, Channel, RateLimit
 from vmferry.units import format_duration
 from vmferry.wire.commands import (
     Command,
@@ -162,7 +161,7 @@ class PageServer:
 
     def send(self, parts: Sequence[bytes]) -> None:
         """Send whole sections."""
-        self._main.send([part for part in parts if part], self._idle)
+        self._write(self._main, [part for part in parts if part])
         self._meter.count(transferred=sum(map(len, parts)))
 
     def begin(self, *before: bytes) -> None:
@@ -207,10 +206,18 @@ class PageServer:
             self._turn(sending=True)
 
     def drain(self) -> None:
-        """Hear what was said before the connection ended."""
-        with suppress(VmferryError):
+        """Hear what was said before the connection ended.
+
+        Raises :class:`Refused` where that is why it did.
+        """
+        deadline = time.monotonic() + _LAST_WORDS
+        try:
             while not self.is_taken:
-                self._hear(self._await(time.monotonic() + _LAST_WORDS))
+                self._hear(self._await(deadline))
+        except Refused:
+            raise
+        except VmferryError:
+            pass  # that it ended is known
 
     def serve(self) -> None:
         """Answer requests, and send the rest where there are none, until there is no more."""
@@ -223,7 +230,7 @@ class PageServer:
         Raises :class:`Refused` where it says anything else.
         """
         if self._urgent is not self._main:
-            self._urgent.send([RamEnd().encode()], self._idle)
+            self._write(self._urgent, [RamEnd().encode()])
         self.send([*self._ram.end_of_part(), EndOfStream().encode()])
         within = self._answer_within
         deadline = None if within is None else time.monotonic() + within
@@ -287,12 +294,19 @@ class PageServer:
         parts, pages = records.of(run, asked=asked)
         if not parts:
             return 0
-        channel.send(parts, self._idle)
+        self._write(channel, parts)
         self.service.pages += pages
         size = sum(map(len, parts))
         self._meter.count(transferred=size, normal=pages)
         self._meter.tick()
         return size
+
+    def _write(self, channel: Channel, parts: Sequence[Buffer]) -> None:
+        try:
+            channel.send(parts, self._idle)
+        except TransportError:
+            self.drain()
+            raise
 
     # Answers
 
