@@ -10,7 +10,7 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -205,6 +205,14 @@ class Lab:
         memory = vm.qemu.directory / "memory"
         vm.qemu.save_memory(memory, 0, scenario.ram_size)
         assert check_ram(memory.read_bytes(), **dict(scenario.guest)) == []
+
+
+def monitored(lab: Lab, scenario: Scenario = PC) -> tuple[Vm, str]:
+    """A QEMU that waits, and the path of another monitor of it."""
+    monitor = f"{lab.directory()}/qmp"
+    more = ("-chardev", f"socket,id=more,path={monitor},server=on,wait=off")
+    machine = (*scenario.machine, *more, "-mon", "chardev=more,mode=control")
+    return lab.destination(replace(scenario, machine=machine)), monitor
 
 
 def main_memory(checkpoint: vmferry.Checkpoint, scenario: Scenario) -> StoredPages | None:

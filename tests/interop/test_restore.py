@@ -19,7 +19,7 @@ import vmferry
 from tests.cli.command import COMMAND, environment
 from tests.cli.command import vmferry as vmferry_command
 from tests.data.record import DRIVES
-from tests.interop.lab import PC, Lab, Vm, wait_until
+from tests.interop.lab import PC, Lab, Vm, monitored, wait_until
 from tests.support.capture import Scenario
 from vmferry.checkpoint import working_set
 from vmferry.checkpoint.restore import Restore, Restored
@@ -65,7 +65,7 @@ def restored(
     """A fresh QEMU that runs the machine and has all of it."""
     vm = lab.destination(scenario)
     uri = f"unix:{lab.directory()}/socket"
-    result = Restore(checkpoint, uri, qmp=vm.qemu.qmp, **options).run()
+    result = checkpoint.serve(uri, qmp=vm.qemu.qmp, **options)
     vm.qemu.wait_migration()
     return vm, result
 
@@ -185,14 +185,6 @@ def command(*arguments: str | Path, **more: str) -> Iterator[subprocess.Popen[st
             yield process
         finally:
             process.kill()
-
-
-def monitored(lab: Lab, scenario: Scenario = PC) -> tuple[Vm, str]:
-    """A QEMU that waits, and the path of another monitor of it."""
-    monitor = f"{lab.directory()}/qmp"
-    more = ("-chardev", f"socket,id=more,path={monitor},server=on,wait=off")
-    machine = (*scenario.machine, *more, "-mon", "chardev=more,mode=control")
-    return lab.destination(replace(scenario, machine=machine)), monitor
 
 
 def test_page_server_that_is_killed_can_be_followed_by_another(lab: Lab) -> None:

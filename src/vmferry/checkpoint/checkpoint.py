@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 from uuid import UUID
 
 import numpy as np
@@ -35,6 +35,12 @@ from .manifest_reader import read_manifest
 from .pages import Sums
 from .stored import StoredPages
 from .survey import BlockSurvey, DiskSurvey, SectionSurvey, Survey
+
+if TYPE_CHECKING:
+    from vmferry.migration.postcopy.source import LazyOptions
+    from vmferry.qemu.qmp import Qmp
+
+    from .restore import Restored
 
 _SECTOR: Final = 512
 """What the file system counts in, whatever its own blocks are."""
@@ -76,6 +82,17 @@ class Checkpoint:
     def close(self) -> None:
         """Give the files back."""
         self._open.close()
+
+    def serve(
+        self, uri: str, *, qmp: Qmp | None = None, options: LazyOptions | None = None
+    ) -> Restored:
+        """Run the machine at once in what waits at *uri*; return when it has all of its memory.
+
+        See :class:`~vmferry.checkpoint.restore.Restore`, which can do more and be cancelled.
+        """
+        from .restore import Restore  # noqa: PLC0415 - they need each other
+
+        return Restore(self, uri, qmp=qmp, options=options).run()
 
     # The machine
 

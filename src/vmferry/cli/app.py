@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from . import convert, demo, inspect, migrate, owner, receive, restore, run, schema, send, status
+from . import (
+    convert,
+    demo,
+    inspect,
+    migrate,
+    owner,
+    receive,
+    restore,
+    run,
+    schema,
+    send,
+    serve,
+    status,
+)
 
 # Without rich: its import alone costs more than all the rest of --help.
 app = typer.Typer(
@@ -42,6 +55,7 @@ def vmferry(
 for _verb, _module, _help in (
     ("receive", receive, "Save the machine that a QEMU migrates to here."),
     ("send", send, "Resume a saved machine in a QEMU that waits for it."),
+    ("serve", serve, "Serve memory to machines that are restored."),
     ("inspect", inspect, "See what is in a stream or a saved machine."),
     ("run", run, "Host a machine of vmferry's own."),
     ("migrate", migrate, "Have a running machine migrate, and watch it."),

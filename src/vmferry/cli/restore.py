@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import Bandwidth, Json, Quiet
 
 if TYPE_CHECKING:
-    from vmferry.checkpoint.restore import Restored
-
     from .signals import Work
 
 
@@ -82,6 +80,12 @@ def command(
             "--background", help="Return once the machine runs, and leave a process that serves it."
         ),
     ] = False,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOCKET", help="Have the page server there do it (vmferry serve DIRECTORY)."
+        ),
+    ] = None,
     timeout: Annotated[
         float,
         typer.Option(
@@ -104,14 +108,10 @@ def command(
     from vmferry.migration.postcopy.source import LazyOptions
 
     from .reports import Done, reporter
-    from .restoring import Wanted, restored, sizes_of
+    from .restoring import Wanted, restored, sizes_of, summary
     from .signals import Interrupted, supervised
     from .views import Moving
 
-    if background:
-        from .background import leave_behind
-
-        return leave_behind(json=json, quiet=quiet)
     options = LazyOptions(
         preempt=preempt,
         page_sizes=sizes_of(page_size or []),
@@ -126,9 +126,17 @@ def command(
         raise UsageError("expected either a URI or the command that starts QEMU, behind --")
     if program and (qmp is not None or resume):
         raise UsageError("--qmp and --resume are for a QEMU that is there, found a command as well")
-    wanted = Wanted(directory, uri, qmp, options, verify, working_set, lazy, program)
+    if background and (server is None or program):
+        from .background import leave_behind
 
-    def work(control: Work) -> Restored | None:
+        return leave_behind(json=json, quiet=quiet)
+    if server is not None and not lazy:
+        raise UsageError("a page server is for restores whose memory follows, found --whole")
+    wanted = Wanted(
+        directory, uri, qmp, options, verify, working_set, lazy, program, server, background
+    )
+
+    def work(control: Work) -> dict[str, Any] | None:
         return restored(wanted, report, control)
 
     with reporter(Moving(), json=json, quiet=quiet) as report:
@@ -140,14 +148,14 @@ def command(
                     "the machine runs, and freezes where it needs memory that it does not have:"
                     " --resume goes on"
                 )
+            elif server is not None and not program:
+                interrupted.consequence = "the page server goes on with it"
             raise
         if outcome is None:
             report.finished(Done(f"sent {directory}", {"directory": str(directory)}))
             return None
-        running = "paused" if outcome.running is None else f"running after {outcome.running:.3f} s"
-        text = (
-            f"restored {directory}: {running}, complete after {outcome.total:.2f} s;"
-            f" {outcome.requests} requests, {outcome.pages} pages sent"
+        said = (
+            summary(outcome) if "requests" in outcome else "running; the page server does the rest"
         )
-        report.finished(Done(text, outcome.to_json()))
+        report.finished(Done(f"restored {directory}: {said}", outcome))
     return None

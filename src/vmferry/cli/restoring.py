@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmferry import Checkpoint, SendOptions, UsageError, VmferryError, send
-from vmferry.checkpoint.restore import Restore, Restored
+from vmferry.checkpoint.page_server import Order
+from vmferry.checkpoint.restore import Restore
 from vmferry.errors import PeerError, printable
 from vmferry.migration.postcopy.source import LazyOptions
 from vmferry.qemu.process import ended
 from vmferry.qemu.qmp import Qmp
 from vmferry.units import parse_size
 
+from .delegating import Delegated, monitor_seen_from_anywhere, seen_from_anywhere
 from .reports import Reporter
 from .signals import Work
 
@@ -41,6 +43,8 @@ class Wanted:
     learn: bool
     lazy: bool
     command: Sequence[str]
+    server: str | None
+    background: bool
 
 
 def sizes_of(texts: Sequence[str]) -> dict[str, int]:
@@ -57,8 +61,18 @@ def sizes_of(texts: Sequence[str]) -> dict[str, int]:
     return sizes
 
 
-def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> Restored | None:
-    """Restore, and where QEMU was started here, wait for its end."""
+def summary(result: dict[str, Any]) -> str:
+    """How a restore went, for people; *result* as :meth:`Restored.to_json` has it."""
+    after = result["time_to_running_ms"]
+    running = "paused" if after is None else f"running after {after / 1e3:.3f} s"
+    return (
+        f"{running}, complete after {result['total_ms'] / 1e3:.2f} s;"
+        f" {result['requests']} requests, {result['pages_sent']} pages sent"
+    )
+
+
+def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> dict[str, Any] | None:
+    """Restore, and where QEMU was started here, wait for its end; how it went."""
     with ExitStack() as cleanup:
         checkpoint = cleanup.enter_context(Checkpoint(wanted.directory))
         process = None
@@ -73,6 +87,11 @@ def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> Restored |
                 started=control.begun,
             )
             outcome = None
+        elif wanted.server is not None:
+            session = cleanup.enter_context(Qmp.connect(wanted.server))
+            delegated = Delegated(session, checkpoint.path, report)
+            control.begun(_Dependable(delegated, report, process))
+            outcome = delegated.run(_order(wanted), background=wanted.background)
         else:
             qmp = None
             if wanted.qmp is not None:
@@ -88,17 +107,31 @@ def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> Restored |
                 paused=lambda error: _tell_paused(report, error, process),
             )
             control.begun(_Dependable(work, report, process))
-            outcome = work.run()
+            outcome = work.run().to_json()
         if process is not None:
             process.wait()
         return outcome
+
+
+def _order(wanted: Wanted) -> Order:
+    qmp = None if wanted.qmp is None else monitor_seen_from_anywhere(wanted.qmp)
+    return Order(
+        uri=seen_from_anywhere(wanted.uri),
+        qmp=qmp,
+        options=wanted.options,
+        verify=wanted.verify,
+        learn=wanted.learn,
+    )
 
 
 class _Dependable:
     """A restore that is not given up while a machine needs it, unless that is asked for twice."""
 
     def __init__(
-        self, work: Restore, report: Reporter[Any], process: subprocess.Popen[bytes] | None
+        self,
+        work: Restore | Delegated,
+        report: Reporter[Any],
+        process: subprocess.Popen[bytes] | None,
     ) -> None:
         self._work = work
         self._process = process

@@ -1,8 +1,8 @@
 """A QMP server: the monitor of a machine in this process, on a unix socket.
 
 The protocol is that of QEMU's docs/interop/qmp-spec, without out-of-band commands.  QEMU talks to
-one client of a socket at a time.  Here up to eight are served at once, so that one can watch while
-another gives orders; the ninth waits for its greeting until one leaves.  The commands of all
+one client of a socket at a time.  Here several are served at once, so that one can watch while
+another gives orders; one more waits for its greeting until one leaves.  The commands of all
 clients are carried out one at a time, except for questions and ``migrate_cancel``, which wait for
 nobody.  Events go to all clients.
 
@@ -47,7 +47,7 @@ class QmpServer:
 
     ``qmp_capabilities``, ``query-commands`` and ``quit`` need not be among them.  *greeting* is
     what stands under ``QMP`` in the greeting.  *leave* is called when a client was answered to
-    ``quit``, in the server's thread: it must not wait.
+    ``quit``, in the server's thread: it must not wait.  *clients* are served at once.
 
     A socket at *path* that nobody listens at is replaced.  Raises UsageError where somebody does,
     or where another file is; TransportError where the system refuses.
@@ -59,7 +59,8 @@ class QmpServer:
         commands: Mapping[str, Command],
         *,
         greeting: Object,
-        leave: Callable[[], None],
+        leave: Callable[[], object],
+        clients: int = MAX_CLIENTS,
     ) -> None:
         self.path = Path(path)
         names = sorted({*commands, "qmp_capabilities", "query-commands", "quit"})
@@ -70,6 +71,7 @@ class QmpServer:
         }
         self._greeting = write_message({"QMP": greeting})
         self._leave = leave
+        self._clients = clients
         self._listener = _listening(self.path)
         self._file = _identity(self.path)
         self._sessions: set[Session] = set()
@@ -133,7 +135,7 @@ class QmpServer:
             session.abandon()
 
     async def _accept(self) -> None:
-        places = asyncio.Semaphore(MAX_CLIENTS)
+        places = asyncio.Semaphore(self._clients)
         while True:
             await places.acquire()
             try:

@@ -38,7 +38,7 @@ class Session:
         commands: Mapping[str, Command],
         *,
         turn: asyncio.Lock,
-        leave: Callable[[], None],
+        leave: Callable[[], object],
     ) -> None:
         self._reader = reader
         self._writer = writer
