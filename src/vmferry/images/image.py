@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
+from .changes import ChangeLog
+
 Source = bytes | bytearray | memoryview
 """Bytes to be written."""
 
@@ -84,6 +86,12 @@ class Image(Protocol):
         """Where there may be anything but zeroes, ascending; *length* up to the end if not given.
 
         What is written meanwhile may be in it or not.
+        """
+
+    def log_changes(self) -> ChangeLog:
+        """Log from now on which chunks are written, zeroed or discarded; until the log is closed.
+
+        Meanwhile it cannot be resized.
         """
 
     def activate(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import Final, Self
 
 from vmferry.errors import ImageInactive, StorageError, UsageError, storage_error
 
+from .changes import ChangeLog
 from .gate import Gate
 from .image import Extent, Source, Target
 from .storage import Access, Storage
@@ -29,6 +31,8 @@ class StoredImage:
         self._lost: str | None = None
         self._closed = False
         self._size = 0
+        self._logs: tuple[ChangeLog, ...] = ()
+        self._logging = threading.Lock()
         if active:
             self.activate()
         else:
@@ -65,8 +69,8 @@ class StoredImage:
     def write(self, offset: int, *data: Source, durable: bool = False) -> None:
         """See :meth:`Image.write`."""
         views = as_views(data)
-        with self._changing("written") as access:
-            if self._spans(offset, total(views)):
+        with self._changing("written", offset, total(views)) as access:
+            if views:
                 access.write(offset, views, durable=durable)
 
     def flush(self) -> None:
@@ -76,14 +80,14 @@ class StoredImage:
 
     def discard(self, offset: int, length: int) -> None:
         """See :meth:`Image.discard`."""
-        with self._changing("discarded") as access:
-            if self._spans(offset, length):
+        with self._changing("discarded", offset, length) as access:
+            if length:
                 access.discard(offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         """See :meth:`Image.write_zeroes`."""
-        with self._changing("zeroed") as access:
-            if self._spans(offset, length):
+        with self._changing("zeroed", offset, length) as access:
+            if length:
                 access.write_zeroes(offset, length, unmap=unmap)
 
     def resize(self, size: int) -> None:
@@ -92,6 +96,8 @@ class StoredImage:
             raise UsageError(f"{self.name}: expected a size of 0 bytes or more, found {size}")
         with self._gate.alone(), self._naming("resized"):
             access = self._changeable("resized")
+            if self._logs:
+                raise UsageError(f"{self.name}: cannot be resized: it is being copied")
             access.resize(size)
             self._size = access.size
 
@@ -104,6 +110,13 @@ class StoredImage:
                 extents = access.extents(offset, end - offset)
             yield from (extent for extent in extents if extent.data)
             offset = extents[-1].end
+
+    def log_changes(self) -> ChangeLog:
+        """See :meth:`Image.log_changes`."""
+        with self._gate.shared(), self._logging:
+            log = ChangeLog(self._size, self._forget)
+            self._logs = (*self._logs, log)
+            return log
 
     def activate(self) -> None:
         """See :meth:`Image.activate`."""
@@ -159,9 +172,20 @@ class StoredImage:
         return access
 
     @contextmanager
-    def _changing(self, doing: str) -> Iterator[Access]:
+    def _changing(self, doing: str, offset: int, length: int) -> Iterator[Access]:
         with self._gate.shared(), self._naming(doing):
-            yield self._changeable(doing)
+            access = self._changeable(doing)
+            self._spans(offset, length)
+            try:
+                yield access
+            finally:
+                # Also where it failed: some of it may have been done.
+                for log in self._logs:
+                    log.note(offset, length)
+
+    def _forget(self, log: ChangeLog) -> None:
+        with self._logging:
+            self._logs = tuple(other for other in self._logs if other is not log)
 
     def _readable(self) -> AbstractContextManager[Access]:
         if self._access is None and self._storage.uncached and not self._closed:
