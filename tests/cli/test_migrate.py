@@ -107,7 +107,7 @@ def test_machine_goes_before_its_memory(
         (["--postcopy", "--no-watch"], "has to watch"),
         (["--resume", "--postcopy"], "no other option"),
         (["--copy-storage"], "needs --destination-qmp"),
-        (["--destination-qmp", "x"], "is for --copy-storage, --postcopy and --resume"),
+        (["--destination-qmp", "x"], "is for --copy-storage, --capability block"),
     ],
 )
 def test_options_that_do_not_go_together(wrong: list[str], words: str) -> None:

@@ -16,6 +16,7 @@ from tests.cli import schema
 from tests.cli.command import COMMAND, PROMPT, Running, environment, vmferry
 from tests.transports.support import wait_until
 from vmferry.machines.guest.console import Console
+from vmferry.machines.guest.journal import read_journal
 from vmferry.qemu import Qmp, query_machine
 
 MACHINE = """
@@ -91,6 +92,41 @@ def test_machine_moves_from_process_to_process(run: Run, tmp_path: Path) -> None
     counts = [beat.hot for beat in console.beats]
     assert counts == sorted(counts)
     assert len(counts) > 10
+
+
+DISK = """
+[[disk]]
+file = "{}"
+[ownership]
+store = "none"
+"""
+
+
+def test_machine_moves_with_its_disk(tmp_path: Path) -> None:
+    """Each side has an image of its own; the command has the other one wait for what comes."""
+    with ExitStack() as stack:
+        sides = []
+        for name, incoming in (("here", []), ("there", ["--incoming", "defer"])):
+            (tmp_path / f"{name}.raw").write_bytes(bytes(3 << 20))
+            file = tmp_path / f"{name}.toml"
+            file.write_text(MACHINE + DISK.format(f"{name}.raw"))
+            monitor = tmp_path / name
+            sides.append(stack.enter_context(Running("run", file, "--qmp", monitor, *incoming)))
+        source, destination = sides
+        wait_until(lambda: read_journal((tmp_path / "here.raw").read_bytes()).last > 5)
+        moved = vmferry(
+            *("migrate", tmp_path / "here", f"unix:{tmp_path}/s", "--capability", "block"),
+            *("--destination-qmp", tmp_path / "there"),
+        )
+        assert (moved.returncode, moved.stderr) == (0, "")
+        destination.wait_for("running")
+        left = read_journal((tmp_path / "here.raw").read_bytes()).last
+        wait_until(lambda: read_journal((tmp_path / "there.raw").read_bytes()).last > left)
+        for side in (destination, source):
+            side.send_signal(signal.SIGTERM)
+            side.finish()
+    journal = read_journal((tmp_path / "there.raw").read_bytes())
+    assert not journal.faults
 
 
 def test_events_are_one_object_a_line(run: Run, tmp_path: Path) -> None:

@@ -188,7 +188,8 @@ def children(pid: int) -> list[int]:
     """The processes that a process has started and that have not been waited for."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            found += [int(child) for child in (task / "children").read_text().split()]
     return found
 
 

@@ -16,6 +16,7 @@ from vmferry.migration.postcopy.source import LazyOptions, LazySource, Paused, q
 from vmferry.migration.progress import Meter, Report
 from vmferry.migration.run_state import RUNNING
 from vmferry.pages import page_sums
+from vmferry.qemu.postcopy import postcopy
 from vmferry.qemu.qmp import Qmp
 from vmferry.qemu.waiting import WaitingQemu, listen_again
 from vmferry.transports import connect
@@ -208,7 +209,7 @@ class Restore:
         stated = {**sizes, **self._options.page_sizes}
         self._options = replace(self._options, page_sizes=stated)
         paused = is_paused(self._checkpoint)
-        waiting.listen(self._uri, preempt=self._options.preempt, paused=paused)
+        waiting.listen(self._uri, postcopy(preempt=self._options.preempt), paused=paused)
         return waiting
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from vmferry.qemu import Migration, MigrationInfo, Qmp
 from vmferry.qemu.mirror import Both, Copied, StorageCopy, nbd_place
-from vmferry.qemu.postcopy import When
+from vmferry.qemu.postcopy import When, postcopy
 from vmferry.qemu.waiting import WaitingQemu, listen_again
 from vmferry.units import format_size
 
 from .output import one_line
 from .reports import Reporter
 from .signals import Work
+
+BLOCK: Final = "block"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +36,29 @@ class Wanted:
     nbd: str | None
     incremental: bool
 
+    @property
+    def with_disks(self) -> bool:
+        """Whether the disks move along in the stream."""
+        return self.capabilities.get(BLOCK, False)
+
+    @property
+    def of_destination(self) -> list[str]:
+        """The capabilities that the other side needs to be told of."""
+        preempt = self.capabilities.get("postcopy-preempt", False)
+        following = postcopy(preempt=preempt) if self.postcopy is not None else []
+        return [*following, *([BLOCK] if self.with_disks else [])]
+
     def wrong(self) -> str:
         """What does not go together; nothing if all does."""
         if self.copy_storage and self.destination is None:
             return "--copy-storage needs --destination-qmp"
-        if self.destination is not None and not (self.copy_storage or self.resume or self.postcopy):
-            return "--destination-qmp is for --copy-storage, --postcopy and --resume"
+        if self.destination is not None and not (
+            self.copy_storage or self.resume or self.postcopy or self.with_disks
+        ):
+            return (
+                "--destination-qmp is for --copy-storage, --capability block, --postcopy and"
+                " --resume"
+            )
         if self.resume and (self.copy_storage or self.postcopy or self.capabilities):
             return "--resume goes on with what was begun, which no other option changes"
         if self.copy_storage and self.postcopy:
@@ -69,8 +88,7 @@ def carried_out(wanted: Wanted, report: Reporter[Any], control: Work) -> Migrati
         else:
             if wanted.destination is not None:
                 other = stack.enter_context(Qmp.connect(wanted.destination))
-                preempt = wanted.capabilities.get("postcopy-preempt", False)
-                WaitingQemu(other).listen(wanted.uri, preempt=preempt, paused=False)
+                WaitingQemu(other).listen(wanted.uri, wanted.of_destination)
             migration.begin(
                 wanted.uri,
                 capabilities=wanted.capabilities,

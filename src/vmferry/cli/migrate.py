@@ -85,8 +85,8 @@ def command(
         str | None,
         typer.Option(
             metavar="SOCKET",
-            help="The monitor of the other machine, for --copy-storage, --postcopy (it is made to "
-            "wait at URI, with the capability) and --resume.",
+            help="The monitor of the other machine, for --copy-storage, --resume, and --postcopy "
+            "or --capability block: it is made to wait at URI with the same capability.",
         ),
     ] = None,
     nbd: Annotated[

@@ -24,12 +24,16 @@ class Capability(StrEnum):
     """Source: send what changed in a page that was sent before.  Without effect with multifd."""
     AUTO_CONVERGE = "auto-converge"
     """Source: slow the machine down while it writes faster than its memory can be sent."""
+    ZERO_BLOCKS = "zero-blocks"
+    """Source: with block, say of chunks that are zero only that they are."""
     COMPRESS = "compress"
     """Destination: accept compressed pages of a QEMU older than 9.1."""
     EVENTS = "events"
     """Each: emit MIGRATION and MIGRATION_PASS."""
     POSTCOPY_RAM = "postcopy-ram"
     """Both: the source may let the machine go before its memory (``migrate-start-postcopy``)."""
+    BLOCK = "block"
+    """Both: the disks move along, onto images that the destination has to itself."""
     RETURN_PATH = "return-path"
     """Source: ask for the destination's word that it has loaded everything."""
     PAUSE_BEFORE_SWITCHOVER = "pause-before-switchover"
@@ -50,10 +54,8 @@ class Capability(StrEnum):
 
 NOT_SUPPORTED: Final = (
     "rdma-pin-all",
-    "zero-blocks",
     "x-colo",
     "release-ram",
-    "block",
     "dirty-bitmaps",
     "background-snapshot",
     "zero-copy-send",

@@ -26,6 +26,7 @@ from .capabilities import Capability
 from .connections import Deadlines
 from .destination import Destination
 from .events import OPTIONAL, Event, Resumed, Stalled, StatusChanged, Stopped, Warned, to_qmp
+from .incoming_disks import IncomingDisks
 from .live import LiveSource
 from .machine import LiveMachine
 from .machine_sink import MachineSink
@@ -240,7 +241,9 @@ class Control:
                 raise UsageError("only a machine that has not run yet can be loaded")
             now = self.parameters
             listener = listen(uri)
-            sink = MachineSink(self.machine)
+            with_disks = Capability.BLOCK in self.capabilities
+            disks = IncomingDisks(self.machine.images) if with_disks else None
+            sink = MachineSink(self.machine, disks)
             meter = Meter(self._note)
             destination = Destination(
                 listener,
@@ -263,7 +266,7 @@ class Control:
             track = self._new_track(DESTINATION)
             self._destination, self._awaited = destination, True
             self._address = listener.address
-            self._begin(track, lambda: self._run_destination(listener, destination))
+            self._begin(track, lambda: self._run_destination(listener, destination, disks))
             return listener.address
 
     def _postcopy(self, sink: MachineSink, meter: Meter) -> PostcopyDestination | None:
@@ -426,7 +429,9 @@ class Control:
         with suppress(VmferryError, OSError):
             source.close()
 
-    def _run_destination(self, listener: Listener, destination: Destination) -> None:
+    def _run_destination(
+        self, listener: Listener, destination: Destination, disks: IncomingDisks | None
+    ) -> None:
         error = None
         try:
             with listener:
@@ -435,6 +440,8 @@ class Control:
             error = failure
         if isinstance(error, ChannelClosed) and destination.runs_early:
             self._abandon(destination)
+        if error is not None and disks is not None and self._awaited:
+            disks.let_go()
         with self._lock:
             self._end(Status.COMPLETED if error is None else Status.FAILED, error)
 
@@ -465,6 +472,8 @@ class Control:
         """Take the disks, unless the machine is to stand still and that is to wait as well."""
         if sink.runs or Capability.LATE_BLOCK_ACTIVATE not in self.capabilities:
             activate_all(self.machine.images)
+        else:
+            inactivate_all(self.machine.images)  # those that came with it are active
 
     def _taken(self, sink: MachineSink) -> None:
         """The machine is this side's."""

@@ -44,7 +44,7 @@ from vmferry.wire.commands import (
 from vmferry.wire.configuration import Configuration
 from vmferry.wire.description import VmDescription
 from vmferry.wire.devices import DeviceRegion, DeviceSection
-from vmferry.wire.disk import DiskChunk
+from vmferry.wire.disk import DiskChunk, DiskEnd
 from vmferry.wire.framed import Frame
 from vmferry.wire.layout import IGNORE_SHARED
 from vmferry.wire.machine import machine_version
@@ -406,6 +406,8 @@ class Destination:
             case DiskChunk():
                 self._features.add("block")
                 self._sink.disk_chunk(event)
+            case DiskEnd() if self._loader is not None:
+                self._loader.disks_sent()
             case BitmapRecord():
                 self._features.add("dirty-bitmaps")
                 self._sink.bitmap(event)

@@ -29,6 +29,7 @@ from vmferry.wire.multifd import Method
 
 from .capabilities import Capability
 from .convergence import Convergence, Decision, Round
+from .disks import LiveDisks
 from .events import DowntimeRaised, Event, Pass, Resumed, Stalled, Stopped, Throttled, Warned
 from .handover import Stage, Word
 from .machine import LiveMachine
@@ -172,6 +173,9 @@ class LiveSource:
         if multifd and postcopy:
             # QEMU 7.2 takes it, later ones refuse it too.
             raise UsageError("postcopy-ram cannot be on with multifd: turn one of them off")
+        if postcopy and Capability.BLOCK in capabilities:
+            # QEMU takes it, and sends all of the disks before the machine goes.
+            raise UsageError("postcopy-ram cannot be on with block: turn one of them off")
         method = now.multifd_compression.method if multifd else Method.NONE
         levels = {Method.ZLIB: now.multifd_zlib_level, Method.ZSTD: now.multifd_zstd_level}
         return SendOptions(
@@ -293,18 +297,28 @@ class LiveSource:
         """See :class:`~.postcopy.live.Lead`."""
         self._track.move(Status.POSTCOPY_ACTIVE)
 
-    # What the memory passes ask for
+    # What the passes ask for
+
+    def begin(self) -> LiveDisks | None:
+        """See :class:`~.precopy.Lead`."""
+        self._blocks = self._machine.memory.blocks
+        self._track.move(Status.ACTIVE)
+        if Capability.BLOCK not in self._capabilities:
+            return None
+        zeroes = Capability.ZERO_BLOCKS in self._capabilities
+        disks = LiveDisks(self._machine.images, self._cleanup, zeroes=zeroes)
+        self._statistics.disks = disks
+        return disks
 
     def start(self) -> list[DirtyBlock]:
         """See :class:`~.precopy.Lead`."""
         log = self._log = self._machine.dirty_log()
         log.start()
-        self._track.move(Status.ACTIVE)
         self._synced = time.monotonic(), self._statistics.counters().transferred
-        blocks = self._blocks = self._machine.memory.blocks
+        self._check_memory()
         return [
             DirtyBlock(block, log)
-            for block in blocks
+            for block in self._blocks
             if not (block.shared and self._ignores_shared)
         ]
 
@@ -360,14 +374,20 @@ class LiveSource:
         if self._ownership is not None and not self._ownership.stop():
             raise StorageError("the machine is not known to be this side's: its lease has lapsed")
         reach("stopped")
-        inactivate_all(self._machine.images)
-        reach("images-inactive")
-        if self._machine.memory.blocks != self._blocks:
-            raise UsageError("memory was added to the machine while it was being moved: try again")
         if self._pauses:
             self._track.move(Status.PRE_SWITCHOVER)
             self._await_proceed()
             self._track.move(Status.DEVICE)
+
+    def let_go(self) -> None:
+        """See :class:`~.precopy.Lead`."""
+        inactivate_all(self._machine.images)
+        reach("images-inactive")
+        self._check_memory()
+
+    def _check_memory(self) -> None:
+        if self._machine.memory.blocks != self._blocks:
+            raise UsageError("memory was added to the machine while it was being moved: try again")
 
     def _round(self, remaining: int) -> Round:
         """What the round that ends now was like."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.errors import StreamError, printable
+from vmferry.errors import PeerError, StreamError, printable
 from vmferry.memory import PAGE_SIZE
 from vmferry.wire.bitmap import BitmapRecord
 from vmferry.wire.configuration import Configuration
@@ -23,6 +23,7 @@ from vmferry.wire.sections import SectionStart
 from vmferry.wire.split import DecodedDevices
 
 from .incoming import IncomingBlock
+from .incoming_disks import IncomingDisks
 from .loading import Staging, load_piece
 from .machine import LiveMachine
 from .registry import Handler, Registry
@@ -31,19 +32,21 @@ from .runs import Runs
 
 
 class MachineSink:
-    """Loads *machine*, which does not run.
+    """Loads *machine*, which does not run; its *disks*, where they come with it.
 
     Where anything does not fit, an error is raised before any device has changed; memory may have.
     """
 
-    def __init__(self, machine: LiveMachine) -> None:
+    def __init__(self, machine: LiveMachine, disks: IncomingDisks | None = None) -> None:
         self._machine = machine
+        self._disks = disks
         self._run_state = RunState.of(running=True)
         behind = Registry()
         behind.register(self._run_state)
         self._staging = Staging(machine.registry, behind)
         self._blocks: dict[str, IncomingBlock] = {}
         self._handlers: dict[int, Handler] = {}
+        self._is_known = False
         self._ignores_shared = False
         self._received: Mapping[str, npt.NDArray[np.uint8]] = {}
         self._configuration: tuple[Configuration | None, int] = None, 0
@@ -90,6 +93,7 @@ class MachineSink:
             for name, block in wanted.items()
             if not (block.shared and self._ignores_shared)
         }
+        self._is_known = True
 
     def pages(self, batch: RamPages) -> None:
         """Put pages in their place."""
@@ -111,8 +115,20 @@ class MachineSink:
         return self._blocks[name]
 
     def disk_chunk(self, chunk: DiskChunk) -> None:
-        """Refuse it."""
-        raise StreamError("no disk in the stream of this machine", printable(chunk.disk))
+        """Fill a disk, where it is this side's own."""
+        if self._disks is None:
+            raise PeerError(
+                "the source sends its disks: turn block on here as well, where this machine has"
+                " images of its own, or off there"
+            )
+        if not self._is_known:
+            raise StreamError("disks behind the list of guest memory", "a chunk before it")
+        self._disks.take(chunk)
+
+    def disks_sent(self) -> None:
+        """Make durable what has come, while more does."""
+        if self._disks is not None and self._is_known:
+            self._disks.flush()
 
     def bitmap(self, record: BitmapRecord) -> None:
         """Refuse it."""
@@ -145,7 +161,9 @@ class MachineSink:
         """Nothing: what the devices are made of is declared."""
 
     def commit(self, features: frozenset[str], *, footers: bool) -> None:  # noqa: ARG002
-        """Load all devices."""
+        """Load all devices; what came of disks is durable."""
+        if self._disks is not None:
+            self._disks.finish()
         self._staging.finish()
         self._staging.commit()
 

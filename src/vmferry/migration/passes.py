@@ -1,4 +1,4 @@
-"""What is sent of guest memory: a source asks for the records of one section after the other."""
+"""What is sent of guest memory and disks: a source asks for one section after the other."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from contextlib import ExitStack
 from typing import Protocol
 
 from .batches import Batch, BatchWriter
+from .disks import Record, all_of
 from .outgoing import Outgoing
 from .page_sender import PageSender
 from .progress import Meter
 
 
 class Passes(Protocol):
-    """Guest memory, as a source sends it.
+    """Guest memory and disks, as a source sends them.
 
     Pages that go over multifd are handed to *pages* (``None`` without multifd); what is yielded
     goes over the main channel.  A batch is right until the next one is asked for.
@@ -23,14 +24,23 @@ class Passes(Protocol):
     def switches(self) -> bool:
         """Behind the last of :meth:`parts`: whether the rest follows the machine, by postcopy."""
 
+    def start(self) -> bool:
+        """All channels are there; whether there are disks that move along."""
+
     def begin(self, write: Callable[[bytes], object]) -> None:
-        """All channels are there, and the sections begin; *write* takes whole sections."""
+        """Begin the other sections; *write* takes them whole."""
+
+    def chunks(self) -> Iterator[Record]:
+        """What is to be sent of disks now; a chunk is right until the next one is asked for."""
 
     def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
         """One section after the other, while the machine may still run."""
 
+    def stop(self) -> None:
+        """Stop the machine: what is asked for from now on is the last."""
+
     def rest(self, pages: PageSender | None) -> Iterator[Batch]:
-        """The last section: the machine does not run any more."""
+        """The last section; the disks are not needed any more."""
 
     def end(self) -> None:
         """The last of guest memory is sent: write the last of the other sections."""
@@ -40,7 +50,7 @@ class Passes(Protocol):
 
 
 class OnePass:
-    """The memory of a machine at rest, all of it once."""
+    """The memory and the disks of a machine at rest, all of it once."""
 
     switches = False
 
@@ -48,9 +58,21 @@ class OnePass:
         self._machine = machine
         self._meter = meter
         self._batches = cleanup.enter_context(BatchWriter(machine.page_size))
+        self._chunks = all_of(machine.disks)
+
+    def start(self) -> bool:
+        """Whether any disk was saved."""
+        return bool(self._machine.disks)
 
     def begin(self, write: Callable[[bytes], object]) -> None:
         """Nothing: there are no other sections."""
+
+    def chunks(self) -> Iterator[Record]:
+        """Everything, and then nothing."""
+        return self._chunks
+
+    def stop(self) -> None:
+        """Nothing: it does not run."""
 
     def end(self) -> None:
         """Nothing."""

@@ -1,4 +1,4 @@
-"""The memory of a machine that runs: all of it once, then what was written meanwhile, in rounds.
+"""What a machine that runs has: all of it once, then what was written meanwhile, in rounds.
 
 QEMU 7.2 ``migration/ram.c``.  The log is started before the first page is read, and a page leaves
 the set of dirty ones before it is read, so whatever is written afterwards is found by the next
@@ -32,6 +32,7 @@ from vmferry.wire.buffer import encode_name
 from vmferry.wire.ram import RamBlock
 
 from .batches import Batch
+from .disks import LiveDisks, Record
 from .page_sender import PageSender
 from .pieces import Pieces
 from .registry import Handler
@@ -107,6 +108,9 @@ class DirtyBlock:
 class Lead(Protocol):
     """Who leads the migration: knows the machine, and decides."""
 
+    def begin(self) -> LiveDisks | None:
+        """All channels are there; the disks that move along, if any do."""
+
     def start(self) -> list[DirtyBlock]:
         """Start the log; all that is to be sent."""
 
@@ -125,12 +129,15 @@ class Lead(Protocol):
     def stop(self) -> None:
         """Stop the machine."""
 
+    def let_go(self) -> None:
+        """Let go of the disks: what was to be read of them has been."""
+
     def synced(self, remaining: int) -> None:
         """So many bytes are to be sent now."""
 
 
 class Precopy:
-    """Sends the memory of a machine, and what its *handlers* have; the ``Passes`` of a source."""
+    """Sends the memory and disks of a machine, and what its *handlers* have; a ``Passes``."""
 
     def __init__(
         self, lead: Lead, handlers: Sequence[Handler], statistics: Statistics, cleanup: ExitStack
@@ -140,6 +147,7 @@ class Precopy:
         self._statistics = statistics
         self._cleanup = cleanup
         self._pieces = Pieces((), 0, lambda _: None)
+        self._disks: LiveDisks | None = None
         self._blocks: list[DirtyBlock] = []
         self._room = bytearray(_ROOM)
         self._last_block: DirtyBlock | None = None
@@ -148,10 +156,21 @@ class Precopy:
         self.switches = False
         """Whether the rest of memory is to follow the machine, by postcopy."""
 
+    def start(self) -> bool:
+        """See :class:`~.passes.Passes`."""
+        self._disks = self._lead.begin()
+        return bool(self._disks)
+
     def begin(self, write: Callable[[bytes], object]) -> None:
         """Begin the sections of the machine's own handlers."""
         self._pieces = Pieces(self._handlers, 0, write)
         self._pieces.setup(self._cleanup)
+
+    def chunks(self) -> Iterator[Record]:
+        """See :class:`~.passes.Passes`."""
+        for record in self._disks.chunks() if self._disks is not None else ():
+            yield record
+            self._lead.moved()
 
     def parts(self, pages: PageSender | None) -> Iterator[Iterator[Batch]]:
         """A section for each round."""
@@ -165,13 +184,19 @@ class Precopy:
             self._pieces.iterate()
             if self._lead.wants_postcopy():
                 break
-            going_on = self._lead.another(self._collect() + self._pieces.pending())
-            going_on = going_on and not self._lead.wants_postcopy()
+            remaining = self._collect() + self._pieces.pending()
+            if self._disks is not None:
+                remaining += self._disks.remaining
+            going_on = self._lead.another(remaining) and not self._lead.wants_postcopy()
         self.switches = self._lead.wants_postcopy()
 
-    def rest(self, pages: PageSender | None) -> Iterator[Batch]:
-        """Stop the machine, and send what it wrote last."""
+    def stop(self) -> None:
+        """Stop the machine."""
         self._lead.stop()
+
+    def rest(self, pages: PageSender | None) -> Iterator[Batch]:
+        """Let go of its disks, and send what it wrote last."""
+        self._lead.let_go()
         self._collect()
         self._is_last = True
         return self._round(pages, self._lead.delta())
@@ -184,6 +209,7 @@ class Precopy:
     def switch(self) -> list[DirtyBlock]:
         """Stop the machine; memory, with what of it has not come to the destination."""
         self._lead.stop()
+        self._lead.let_go()
         self._collect()
         return self._blocks
 

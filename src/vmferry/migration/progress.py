@@ -39,7 +39,8 @@ class Progress:
 class Counters:
     """What has moved so far.
 
-    ``transferred`` counts bytes on all channels, ``multifd`` those of them on multifd channels.
+    ``transferred`` counts bytes on all channels, ``multifd`` those of them on multifd channels,
+    ``disk`` those of chunks of disks.
     ``xbzrle_pages`` were found in the cache and became ``xbzrle_bytes``; the differences of
     ``xbzrle_overflows`` of them took more than a page, which was sent as a normal one.
     ``xbzrle_misses`` were not in the cache.
@@ -47,12 +48,18 @@ class Counters:
 
     transferred: int = 0
     multifd: int = 0
+    disk: int = 0
     normal: int = 0
     zero: int = 0
     xbzrle_pages: int = 0
     xbzrle_bytes: int = 0
     xbzrle_misses: int = 0
     xbzrle_overflows: int = 0
+
+    @property
+    def ram(self) -> int:
+        """Bytes that were not those of disks."""
+        return self.transferred - self.disk
 
     @property
     def pages(self) -> int:
@@ -93,6 +100,7 @@ class Meter:
         *,
         transferred: int = 0,
         multifd: int = 0,
+        disk: int = 0,
         normal: int = 0,
         zero: int = 0,
         xbzrle_pages: int = 0,
@@ -105,6 +113,7 @@ class Meter:
         with self._lock:
             counters.transferred += transferred
             counters.multifd += multifd
+            counters.disk += disk
             counters.normal += normal
             counters.zero += zero
             counters.xbzrle_pages += xbzrle_pages

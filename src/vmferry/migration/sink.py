@@ -69,6 +69,9 @@ class Loader(Protocol):
     def room(self, block: str, runs: Runs) -> memoryview:
         """The memory of a block, to receive pages into; by any thread, as :meth:`Sink.pages`."""
 
+    def disks_sent(self) -> None:
+        """A section of disks has ended, and others may follow."""
+
     def devices(self, decoded: DecodedDevices) -> None:
         """What :meth:`decode` made of the device sections, in their order."""
 

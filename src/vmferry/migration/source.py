@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Final, Protocol, TypeAlias
 from uuid import UUID
 
 from vmferry.errors import (
@@ -32,10 +32,8 @@ from vmferry.wire.description import parse_description
 from vmferry.wire.disk import DiskChunk, DiskEnd, DiskProgress
 from vmferry.wire.layout import (
     BITMAP_SECTION,
-    DISK_CHUNK_SIZE,
     DISK_SECTION,
     RAM_SECTION,
-    SECTOR,
     Kind,
 )
 from vmferry.wire.machine import machine_version
@@ -322,10 +320,8 @@ class Source:
             self._send(PostcopyAdvise(machine.page_size, machine.page_size))
         if self._options.multifd:
             self._pages = self._open_pages(cleanup)
-        self._send_starts()
-        passes.begin(lambda section: self._send_bytes([section]))
+        self._send_starts(passes)
         self._send_bytes(machine.early)
-        self._send_disks()
         self._send_parts(passes)
         if passes.switches and self._follower is not None:
             return self._switch(urgent, self._follower)
@@ -392,10 +388,11 @@ class Source:
 
     # Iterable sections
 
-    def _send_starts(self) -> None:
+    def _send_starts(self, passes: Passes) -> None:
         machine = self._machine
         self._meter.active(sum(block.length for block in machine.blocks), machine.page_size)
-        if machine.disks:
+        self._has_disks = passes.start()
+        if self._has_disks:
             self._section(_start(self._disk, DISK_SECTION), [DiskEnd()])
         # Page sizes belong to sources that announce postcopy; nobody else reads them.
         blocks = tuple(replace(block, page_size=None) for block in machine.blocks)
@@ -404,30 +401,28 @@ class Source:
         self._has_bitmaps = bool(starts)
         if starts:
             self._section(_start(self._bitmap, BITMAP_SECTION), [*starts, BitmapsEnd()])
-
-    def _send_disks(self) -> None:
-        if self._machine.disks:
-            self._section(SectionPart(self._disk, DISK_SECTION), self._disk_chunks())
-            self._section(SectionEnd(self._disk, DISK_SECTION), [DiskProgress(100), DiskEnd()])
-
-    def _disk_chunks(self) -> Iterator[Any]:
-        buffer = memoryview(bytearray(DISK_CHUNK_SIZE))
-        for name, store in self._machine.disks:
-            for number, content in enumerate(store.sums):
-                data = buffer if content else None
-                if data is not None:
-                    store.read(number * DISK_CHUNK_SIZE, data)
-                yield DiskChunk(name, number * (DISK_CHUNK_SIZE // SECTOR), data)
-        yield DiskEnd()
+        passes.begin(lambda section: self._send_bytes([section]))
 
     def _send_parts(self, passes: Passes) -> None:
-        for part in passes.parts(self._pages):
+        parts = passes.parts(self._pages)
+        while True:
+            if self._has_disks:
+                self._disk_section(SectionPart(self._disk, DISK_SECTION), passes.chunks())
+            if (part := next(parts, None)) is None:
+                return
             self._ram_section(SectionPart(self._ram, RAM_SECTION), part)
             reach("round-sent")
 
     def _send_rest(self, passes: Passes) -> None:
+        passes.stop()
+        if self._has_disks:
+            rest = itertools.chain(passes.chunks(), [DiskProgress(100)])
+            self._disk_section(SectionEnd(self._disk, DISK_SECTION), rest)
         self._ram_section(SectionEnd(self._ram, RAM_SECTION), passes.rest(self._pages))
         passes.end()
+
+    def _disk_section(self, head: Head, records: Iterable[Encodes]) -> None:
+        self._section(head, itertools.chain(records, [DiskEnd()]))
 
     def _send_ends(self) -> None:
         if self._has_bitmaps:
@@ -459,9 +454,16 @@ class Source:
 
     def _send(self, *events: Encodes) -> None:
         for event in events:
-            if isinstance(event, Batch):
-                self._meter.count(normal=event.normal, zero=event.zero)
-            self._send_bytes([event.encode()])
+            match event:
+                case Batch():
+                    self._meter.count(normal=event.normal, zero=event.zero)
+                    self._send_bytes([event.encode()])
+                case DiskChunk():
+                    parts = event.parts()
+                    self._meter.count(disk=sum(map(len, parts)))
+                    self._send_bytes(parts)
+                case _:
+                    self._send_bytes([event.encode()])
 
     def _send_bytes(self, parts: Sequence[Buffer]) -> None:
         self._main.send(parts, self._options.idle)

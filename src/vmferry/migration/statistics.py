@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from .capabilities import Capability
+from .disks import LiveDisks
 from .parameters import Parameters
 from .postcopy.server import Service
 from .progress import INTERVAL, Counters, Meter, Progress, Report
@@ -69,6 +70,8 @@ class Statistics(Meter):
         self._before_postcopy: int | None = None
         self.service = Service()
         """What was asked for in postcopy."""
+        self.disks: LiveDisks | None = None
+        """The disks that move along."""
         self._remaining = 0
         self._dirty_rate = 0.0
         self._expected: float | None = None
@@ -101,12 +104,12 @@ class Statistics(Meter):
 
     def stopped(self) -> None:
         """The machine was stopped for the switchover: the downtime begins."""
-        self._before_stop = self.counters().transferred
+        self._before_stop = self.counters().ram
         self._stopped = self._clock()
 
     def switched(self) -> None:
         """From here on memory follows the machine."""
-        self._before_postcopy = self.counters().transferred
+        self._before_postcopy = self.counters().ram
 
     def runs_there(self) -> None:
         """The destination runs the machine, and its memory follows: the downtime is over."""
@@ -169,6 +172,8 @@ class Statistics(Meter):
             return info
         parameters = parameters or Parameters()
         info |= self._times(status, parameters) | {"ram": self._ram()}
+        if self.disks is not None:
+            info["disk"] = self._disk(self.disks)
         if Capability.XBZRLE in capabilities:
             info["xbzrle-cache"] = self._xbzrle(parameters)
         if took := self.service.took[-_LATEST:]:
@@ -194,11 +199,11 @@ class Statistics(Meter):
     def _ram(self) -> Info:
         counters = self.counters()
         stopped = self._stopped is not None
-        precopy = self._before_stop if stopped else counters.transferred
+        precopy = self._before_stop if stopped else counters.ram
         before = self._before_postcopy
-        postcopy = 0 if before is None else counters.transferred - before
+        postcopy = 0 if before is None else counters.ram - before
         return {
-            "transferred": counters.transferred,
+            "transferred": counters.ram,
             "remaining": self.remaining,
             "total": self._ram_total,
             "duplicate": counters.zero,
@@ -213,9 +218,18 @@ class Statistics(Meter):
             "pages-per-second": self._pages_per_second,
             "postcopy-requests": self.service.requests,
             "precopy-bytes": precopy,
-            "downtime-bytes": counters.transferred - precopy - postcopy,
+            "downtime-bytes": counters.ram - precopy - postcopy,
             "postcopy-bytes": postcopy,
             "dirty-sync-missed-zero-copy": 0,
+        }
+
+    def _disk(self, disks: LiveDisks) -> Info:
+        """A ``MigrationStats`` of QEMU, in which for disks only these are not 0."""
+        numbers = dict.fromkeys(self._ram(), 0)
+        return numbers | {
+            "transferred": disks.done,
+            "remaining": 0 if self._finished else disks.remaining,
+            "total": disks.total,
         }
 
     def _xbzrle(self, parameters: Parameters) -> Info:
@@ -241,7 +255,7 @@ class Statistics(Meter):
     def _now(self) -> LiveProgress:
         return LiveProgress(
             **asdict(super()._now()),
-            remaining=self.remaining,
+            remaining=self.remaining + (self.disks.remaining if self.disks is not None else 0),
             dirty_rate=self._dirty_rate,
             expected_downtime=self._expected,
             throttle=self._throttle,

@@ -52,15 +52,13 @@ class MigrationInfo:
     @classmethod
     def from_qmp(cls, answer: Mapping[str, Any]) -> MigrationInfo:
         """What the *answer* to ``query-migrate`` says."""
-        ram = answer.get("ram")
-        if not isinstance(ram, Mapping):
-            ram = {}
+        ram, disk = _part(answer, "ram"), _part(answer, "disk")
         throttle = _number(answer, "cpu-throttle-percentage")
         return cls(
             status=str(answer.get("status", "none")),
-            transferred=_count(ram, "transferred"),
-            remaining=_count(ram, "remaining"),
-            total=_count(ram, "total"),
+            transferred=_count(ram, "transferred") + _count(disk, "transferred"),
+            remaining=_count(ram, "remaining") + _count(disk, "remaining"),
+            total=_count(ram, "total") + _count(disk, "total"),
             round=_count(ram, "dirty-sync-count"),
             rate=(_number(ram, "mbps") or 0.0) * 1e6 / 8,
             dirty_rate=float(_count(ram, "dirty-pages-rate") * _count(ram, "page-size")),
@@ -93,6 +91,11 @@ class MigrationInfo:
     def is_postcopy(self) -> bool:
         """Whether the machine already runs on the other side, so that there is no way back."""
         return self.status.startswith("postcopy")
+
+
+def _part(answer: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    part = answer.get(key)
+    return part if isinstance(part, Mapping) else {}
 
 
 def _number(answer: Mapping[str, Any], key: str) -> float | None:

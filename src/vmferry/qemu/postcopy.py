@@ -13,6 +13,11 @@ from .info import MigrationInfo
 CAPABILITY: Final = "postcopy-ram"
 
 
+def postcopy(*, preempt: bool) -> list[str]:
+    """The capabilities of a side whose memory follows."""
+    return [CAPABILITY, *(["postcopy-preempt"] if preempt else [])]
+
+
 class When(Protocol):
     """When to switch."""
 

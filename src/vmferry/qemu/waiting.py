@@ -1,4 +1,4 @@
-"""A QEMU that waits for a machine, as it is made ready to have its memory follow.
+"""A QEMU that waits for a machine, as it is made ready for one that needs more than that.
 
 What it has is asked for before it listens, so that a machine of another shape is refused before
 anything is sent.
@@ -7,7 +7,7 @@ anything is sent.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -105,10 +105,9 @@ class WaitingQemu:
             )
         return {name: found.page_size for name, found in there.items()}
 
-    def listen(self, uri: str, *, preempt: bool, paused: bool) -> None:
-        """Have it listen at *uri* with the capabilities of postcopy; *paused*: it shall not run."""
-        names = ["postcopy-ram", *(["postcopy-preempt"] if preempt else [])]
-        states = [{"capability": name, "state": True} for name in names]
+    def listen(self, uri: str, capabilities: Iterable[str], *, paused: bool = False) -> None:
+        """Have it listen at *uri* with *capabilities* on; *paused*: it shall not run."""
+        states = [{"capability": name, "state": True} for name in capabilities]
         self._qmp.execute("migrate-set-capabilities", {"capabilities": states})
         if paused:
             # While it waits this means that it is not to start by itself (softmmu/vl.c).

@@ -38,9 +38,13 @@ class DiskChunk:
 
     def encode(self) -> bytes:
         """The record as on the wire."""
+        return b"".join(self.parts())
+
+    def parts(self) -> list[memoryview | bytes]:
+        """As :meth:`encode`, without a copy of the data."""
         flags = DISK_CHUNK if self.data is not None else DISK_CHUNK | DISK_ZERO
         head = _word(self.sector, flags) + encode_name(self.disk)
-        return head if self.data is None else head + bytes(self.data)
+        return [head] if self.data is None else [head, self.data]
 
 
 @dataclass(frozen=True, slots=True)
