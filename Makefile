@@ -5,12 +5,12 @@ BIN := .venv/bin
 READY := .venv/.ready
 KERNELS := $(wildcard $(addprefix src/vmferry/pages/_compiled/,*.pyx *.pxd))
 
-.PHONY: demo test lint bench soak qemu etcd
+.PHONY: demo test lint bench soak qemu etcd linux
 
 demo: $(READY) qemu
 	$(BIN)/python -m demo
 
-test: $(READY) qemu etcd
+test: $(READY) qemu etcd linux
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY)
@@ -19,7 +19,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) qemu
+bench: $(READY) qemu linux
 	$(BIN)/python -m bench $(ARGS)
 
 soak: $(READY)
@@ -30,6 +30,9 @@ qemu:
 
 etcd:
 	@scripts/setup etcd
+
+linux:
+	@scripts/setup linux
 
 $(READY): pyproject.toml $(KERNELS)
 	@scripts/setup python
