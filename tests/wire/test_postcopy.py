@@ -69,7 +69,9 @@ def test_page_goes_on_in_the_block_of_the_one_before_the_package() -> None:
     page = (SIZE | PAGE | 0x20).to_bytes(8) + bytes(SIZE)
     check_round_trip(lambda: PostcopyReader(start(current="rom")), part(page) + b"\0")
     # On a new connection nothing is known of it.
-    outcome = read(PostcopyReader(start(current="rom"), recovery=True), [part(page)])
+    outcome = read(
+        PostcopyReader(start(current="rom"), recovery=True), [PostcopyResume().encode(), part(page)]
+    )
     assert "names its RAM block" in str(outcome.error)
 
 
@@ -93,6 +95,13 @@ def test_what_does_not_belong_there_is_refused(bad: bytes) -> None:
     outcome = read(PostcopyReader(start()), [bad], end=False)
     assert outcome.error is not None
     assert outcome.place.channel == "main"
+
+
+@pytest.mark.parametrize("early", [part(*PAGES), part(last=True), EndOfStream().encode()])
+def test_nothing_comes_before_a_recovery_goes_on(early: bytes) -> None:
+    """An end at which nobody has said what is missing would leave zeros there."""
+    outcome = read(PostcopyReader(start(), recovery=True), [early])
+    assert "before memory or the end" in str(outcome.error)
 
 
 def test_resumed_once_only() -> None:

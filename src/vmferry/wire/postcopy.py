@@ -37,8 +37,8 @@ class PostcopyReader(ChannelReader[Any]):
     """Reads the main channel behind the package, up to its end.
 
     In a *recovery*, on a connection of its own, the source may ask what arrived
-    (``ReceivedBitmap``) and says that it goes on (``PostcopyResume``).  Events are those of
-    :class:`~.reader.StreamReader`.
+    (``ReceivedBitmap``) and says that it goes on (``PostcopyResume``); before that there is neither
+    a page nor an end.  Events are those of :class:`~.reader.StreamReader`.
     """
 
     def __init__(self, start: Continuation, *, recovery: bool = False) -> None:
@@ -56,6 +56,11 @@ class PostcopyReader(ChannelReader[Any]):
         while True:
             kind = yield from at.peek_number(1, "a section")
             match kind:
+                case Kind.PART | Kind.END | Kind.EOF if self._recovery:
+                    raise at.fail(
+                        "the word that postcopy goes on, before memory or the end of it",
+                        f"the type byte {kind:#04x}",
+                    )
                 case Kind.PART | Kind.END:
                     yield from within(self._pages(kind), section=RAM_SECTION)
                 case Kind.COMMAND:

@@ -274,8 +274,8 @@ def test_page_of_precopy_that_comes_again_is_refused(
 
 @pytest.mark.parametrize(
     "bad",
-    [garbage(), PostcopyResume().encode(), ReceivedBitmap("no").encode(), b""],
-    ids=["garbage", "only-resume", "unknown-block", "nothing"],
+    [garbage(), PostcopyResume().encode(), ReceivedBitmap("no").encode(), b"", b"\0"],
+    ids=["garbage", "only-resume", "unknown-block", "nothing", "only-the-end"],
 )
 def test_recovery_that_fails_can_be_tried_again(
     there: Waiting, running: Scripted, bad: bytes
