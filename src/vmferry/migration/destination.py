@@ -277,7 +277,8 @@ class Destination:
         urgent = self._connections.accept_preempt(wait=postcopy.preempt)
         self._connections.settle()
         self._answers.go_through(postcopy.say)
-        postcopy.listen(start, self._main, bytes(reader.buffer.view()), urgent)
+        source = self._last_word.source
+        postcopy.listen(start, self._main, bytes(reader.buffer.view()), urgent, source)
         if self._loader is not None:
             footers = bool(reader.footers)
             offset = package.offset + len(PostcopyListen().encode())

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from vmferry.errors import ChannelClosed, PeerError, TransportError, UsageError
@@ -66,6 +66,11 @@ class LastWord:
     def is_announced(self) -> bool:
         """Whether the source is an engine of this kind."""
         return self._announced is not None
+
+    @property
+    def source(self) -> Sequence[int]:
+        """The pings by which the source has announced itself; none where it has not."""
+        return () if self._announced is None else (ANNOUNCE, *self._announced)
 
     @property
     def is_awaited(self) -> bool:

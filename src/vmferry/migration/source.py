@@ -57,7 +57,7 @@ from .passes import OnePass, Passes
 from .postcopy.server import RamFormat
 from .postcopy.way import Follower, Way
 from .progress import Meter
-from .takeover import ANNOUNCE, GO, GRANTED, OWNED, has_died, keeping_the_machine
+from .takeover import GO, GRANTED, OWNED, announcement, has_died, keeping_the_machine
 from .verdict import Verdict
 
 _FLUSHES_SINCE: Final = (8, 1)
@@ -309,7 +309,7 @@ class Source:
         if self._answered:
             self._send(OpenReturnPath(), Ping(1))
             if self._passes is not None:
-                self._send(*map(Ping, (ANNOUNCE, *Identity.own().numbers())))
+                self._send(*map(Ping, announcement()))
             if self._ownership is not None:
                 token = self._ownership.prepare()
                 self._send(*map(Ping, (OWNED, token >> 32, token & 0xFFFFFFFF)))

@@ -28,8 +28,9 @@ and may flow before the last word; *go* is a ping in the main channel between tw
                                       <--  SHUT 0: everything has come
 
 A destination that is cut off between *ready* and *go* does not run the machine: its migration is
-paused.  A source that has said *go*, and that one alone, resumes it, which says so once more.  To a
-source that has not announced itself RUN in the package is the last word, as to a QEMU.
+paused.  A source that has said *go*, and that one alone, resumes it, which says so once more: it
+announces itself again, and no other one is believed.  To a source that has not announced itself RUN
+in the package is the last word, as to a QEMU.
 
 All of it are pings and pongs of QEMU's own format, so that a QEMU at the other end answers, and
 otherwise goes its own way.
@@ -72,6 +73,11 @@ _DYING: Final = 1.0
 
 _ASK: Final = 0.1
 """Seconds between two looks at whether the source still lives, in doubt."""
+
+
+def announcement() -> tuple[int, ...]:
+    """The pings by which this process says that it is a source of this kind, and which."""
+    return (ANNOUNCE, *Identity.own().numbers())
 
 
 class Takeover:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -124,11 +124,12 @@ def running(there: Waiting, checkpoint: vmferry.Checkpoint) -> Iterator[Scripted
         yield source
 
 
-def resume(source: Scripted, uri: str) -> np.ndarray:
-    """Be the source once more; which pages the machine has."""
+def resume(source: Scripted, uri: str, announced: Sequence[int] = ()) -> np.ndarray:
+    """Be the source once more, who said who it is if it did; which pages the machine has."""
     again = Scripted(source.checkpoint, uri)
     source.channel.close()
     source.channel, source._reader = again.channel, again._reader
+    source.say(*(Ping(number).encode() for number in announced))
     source.say(ReceivedBitmap(source.block.name).encode())
     have = source.hear(lambda message: isinstance(message, HavePages))
     assert isinstance(have, HavePages)
@@ -337,13 +338,14 @@ def test_devices_that_do_not_fit_leave_the_machine_to_its_source(
 
 # Between two engines of this kind
 
+WHO = (ANNOUNCE, *Identity.own().numbers())
+
 
 @pytest.fixture
 def ready(there: Waiting, checkpoint: vmferry.Checkpoint) -> Iterator[Scripted]:
     """A source that announced itself; the machine is loaded and waits for its last word."""
     with Scripted(checkpoint, there.listen()) as source:
-        numbers = (ANNOUNCE, *Identity.own().numbers())
-        source.begin(*map(Ping, numbers))
+        source.begin(*map(Ping, WHO))
         source.package()
         source.hear_loaded()
         source.hear(lambda message: message == Pong(READY))
@@ -370,12 +372,29 @@ def test_source_that_resumes_has_given_its_machine_away(there: Waiting, ready: S
     ready.close()
     there.wait_for("postcopy-paused")
     assert there.run_state == "inmigrate"
-    have = resume(ready, there.recover())
+    have = resume(ready, there.recover(), WHO)
     assert not have.any()
     ready.say(ready.part(*map(ready.page, range(HOT))))
     wait_until(lambda: there.run_state == "running", LONG)
     have[:HOT] = 1
     finish(ready, have)
+    there.is_whole()
+
+
+@pytest.mark.parametrize("announced", [(), (*WHO[:-1], WHO[-1] + 1)], ids=["nobody", "another"])
+def test_another_source_does_not_give_the_machine_away(
+    there: Waiting, ready: Scripted, announced: tuple[int, ...]
+) -> None:
+    """It may have one of the same shape, and the machine still be its own source's."""
+    ready.close()
+    there.wait_for("postcopy-paused")
+    other = Scripted(ready.checkpoint, there.recover())
+    other.say(*(Ping(number).encode() for number in announced))
+    other.say(ReceivedBitmap(ready.block.name).encode(), PostcopyResume().encode())
+    wait_until(lambda: "another source" in there.error(), LONG)
+    other.close()
+    assert there.run_state == "inmigrate"
+    finish(ready, resume(ready, there.recover(), WHO))
     there.is_whole()
 
 
@@ -401,7 +420,7 @@ def test_pager_that_dies_before_the_last_word_is_replaced(there: Waiting, ready:
     os.kill(there.pager(), signal.SIGKILL)
     there.wait_for("postcopy-paused")
     assert there.run_state == "inmigrate"
-    finish(ready, resume(ready, there.recover()))
+    finish(ready, resume(ready, there.recover(), WHO))
     there.is_whole()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -111,6 +111,7 @@ class PostcopyDestination:
         self._faults = -1
         self._is_done = self._is_up = False
         self._start: Continuation | None = None
+        self._source: Sequence[int] = ()
         self._channels: list[Channel] = []
         self._listener: Listener | None = None
         self._events: SimpleQueue[Event | Listener | None] = SimpleQueue()
@@ -159,16 +160,22 @@ class PostcopyDestination:
             self._received[block.name][first : first + length // PAGE_SIZE] = MISSING
 
     def listen(
-        self, start: Continuation, main: Channel, head: bytes, urgent: Channel | None
+        self,
+        start: Continuation,
+        main: Channel,
+        head: bytes,
+        urgent: Channel | None,
+        source: Sequence[int],
     ) -> None:
         """Have the pager fetch what is missing, from now on.
 
-        *head* was read from *main* already.
+        *head* was read from *main* already.  *source* are the pings by which the source has said
+        who it is; one that comes back later has to say the same.
         """
         pager = self._pager
         if pager is None or not self._received:
             raise PeerError("the source has not announced postcopy")
-        self._start = start
+        self._start, self._source = start, source
         try:
             self._register(pager)
         except OSError as error:
@@ -338,7 +345,7 @@ class PostcopyDestination:
             self._channels = [channel]
             pager = self._revived()
             self._phase("postcopy-recover")
-            pager.stream(self._start, channel, idle=self._idle, recovery=True)
+            pager.resume(self._start, channel, self._source, idle=self._idle)
             if not self.preempt:
                 return
             with suppress(TransportError):

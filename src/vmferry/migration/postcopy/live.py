@@ -22,7 +22,7 @@ from vmferry.migration.handover import Handover, Word
 from vmferry.migration.outgoing import Outgoing
 from vmferry.migration.precopy import DirtyBlock
 from vmferry.migration.progress import Meter
-from vmferry.migration.takeover import ABORT, GO, GRANTED, has_died
+from vmferry.migration.takeover import ABORT, GO, GRANTED, announcement, has_died
 from vmferry.ownership.engine import Ownership
 from vmferry.ownership.identity import Identity
 from vmferry.transports import Channel, RateLimit
@@ -288,7 +288,7 @@ class Follow:
             try:
                 self._server.attach(*connect())
                 reach("reconnected")
-                self._server.resume()
+                self._server.resume(*(map(Ping, announcement()) if self._way.heeds else ()))
                 self._server.begin()
             except ChannelClosed:
                 raise

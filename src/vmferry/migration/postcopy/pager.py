@@ -9,7 +9,8 @@ connections until the end.
 Both sides talk over a socket in messages of JSON, with descriptors beside them::
 
     memory  blocks          faults, marks          the memory; pages come from here on
-    stream  start, words... main, head             a connection, and what was read of it
+    stream  start, words... main, head             a connection, and what was read of it; in a
+                                                   recovery "source": the pings that it begins with
     urgent                  preempt                the preempt channel that belongs to it
     keep                                           a loss of the source is a pause from now on
     say     data                                   send it to the source
@@ -102,6 +103,7 @@ class Pager:
         self._urgent: Link | None = None
         self._start: Continuation | None = None
         self._words: list[int] = []
+        self._source: list[int] = []
         self._idle: float | None = None
         self._heard = 0.0
         self._unsent = bytearray()
@@ -218,6 +220,8 @@ class Pager:
             case Ping(value) if value in self._words:
                 self._words.remove(value)
                 self._tell("word", value=value)
+            case Ping(value) if self._source[:1] == [value]:
+                del self._source[0]
             case Ping(value):
                 self._say(Pong(value))
             case ReceivedBitmap(block) if memory is not None:
@@ -226,7 +230,11 @@ class Pager:
                     raise PeerError(f"the source asks for a block {block!r}, which is not there")
                 self._say(HavePages(block, have))
             case PostcopyResume() if memory is not None:
+                if self._source:
+                    raise PeerError("another source than that of the machine wants to go on")
                 self._last_asked, self._asks = None, True
+                if self._urgent is not None:
+                    self._poll.register(self._urgent.sock, select.POLLIN)
                 self._say(ResumeAck())
                 memory.ask_again()
                 self._tell("resumed")
@@ -301,7 +309,8 @@ class Pager:
             case {"do": "stream", "start": start, "recovery": recovery}:
                 main, head = descriptors
                 self._hang_up()
-                self._idle, self._words = message["idle"], list(message["words"])
+                self._idle = message["idle"]
+                self._words, self._source = list(message["words"]), list(message["source"])
                 blocks = tuple(RamBlock(name, size) for name, size in start.pop("blocks"))
                 self._start = Continuation(blocks, **start)
                 self._asks = not recovery
@@ -321,7 +330,8 @@ class Pager:
                     os.close(urgent)  # the connection that it belongs to is lost
                     return
                 self._urgent = Link(socket.socket(fileno=urgent), UrgentReader(self._start))
-                self._poll.register(urgent, select.POLLIN)
+                if self._asks:  # before a recovery goes on nothing is for this side
+                    self._poll.register(urgent, select.POLLIN)
             case {"do": "keep"}:
                 self._keeps = True
                 self._tell("kept", descriptors=[self._faults])

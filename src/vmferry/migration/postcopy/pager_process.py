@@ -60,14 +60,25 @@ class PagerProcess:
         self,
         start: Continuation,
         main: Channel,
-        head: bytes = b"",
+        head: bytes,
         *,
         idle: float | None,
-        recovery: bool = False,
     ) -> None:
         """A connection to the source, of which *head* was read already."""
-        told: dict[str, Any] = {"start": describe(start), "recovery": recovery, "idle": idle}
-        told["words"] = [] if recovery else WORDS
+        self._stream(start, main, head, recovery=False, idle=idle, words=WORDS, source=())
+
+    def resume(
+        self, start: Continuation, main: Channel, source: Sequence[int], *, idle: float | None
+    ) -> None:
+        """A connection for a recovery.
+
+        *source* are the pings by which who comes says that it is the source from before, where
+        that had said who it is.
+        """
+        self._stream(start, main, b"", recovery=True, idle=idle, words=(), source=source)
+
+    def _stream(self, start: Continuation, main: Channel, head: bytes, **told: Any) -> None:
+        told["start"] = describe(start)
         with _Descriptor(main.duplicate()) as link, _Descriptor(os.memfd_create("head")) as file:
             os.write(file, head)
             self._tell("stream", **told, descriptors=[link, file])

@@ -172,8 +172,9 @@ class PageServer:
         """Send commands between two parts."""
         self.begin(*self._ram.end_of_part(), *(command.encode() for command in commands))
 
-    def resume(self) -> None:
-        """Hear what arrived, and go on behind it (QEMU 3.0)."""
+    def resume(self, *before: Command) -> None:
+        """Hear what arrived, and go on behind it (QEMU 3.0); *before* says who goes on."""
+        self.send([command.encode() for command in before])
         self.send([ReceivedBitmap(block.ram.name).encode() for block in self._blocks])
         for block in self._blocks:
             match self._await():
