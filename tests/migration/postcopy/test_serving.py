@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,11 +15,14 @@ import pytest
 
 from tests.migration.machines import PAGE_SIZE, Memory, Resting, noise
 from tests.transports.support import PROMPT, background, wait_until
-from vmferry.errors import ChannelClosed, PeerError, Refused, StreamError, VmferryError
+from vmferry.errors import ChannelClosed, PeerError, PeerSilent, Refused, StreamError, VmferryError
+from vmferry.migration.postcopy.left import Block
+from vmferry.migration.postcopy.server import PageServer, RamFormat, Service
 from vmferry.migration.postcopy.source import LazyOptions, LazySource, Paused
-from vmferry.transports import connect
+from vmferry.migration.progress import Meter
+from vmferry.transports import RateLimit, connect
 from vmferry.wire.commands import Package, PostcopyRun
-from vmferry.wire.ram import RamPages
+from vmferry.wire.ram import RamBlock, RamPages
 from vmferry.wire.reader import StreamReader, Tolerate
 from vmferry.wire.return_path import Message, Pong, RequestPages, Shut
 from vmferry.wire.sections import EndOfStream
@@ -95,6 +99,36 @@ def serving(tmp_path: Path, **options: Any) -> Iterator[tuple[Fetching, LazySour
 
 
 LOADED = Pong(3)
+SHORT = 0.3
+
+
+@contextmanager
+def served(tmp_path: Path) -> Iterator[tuple[Fetching, PageServer]]:
+    """A server of some pages that has begun, and its destination."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(1)
+        with connect(f"unix:{tmp_path}/socket") as channel:
+            connection, _ = listener.accept()
+            server = PageServer(
+                [
+                    Block(
+                        RamBlock("pc.ram", 8 * PAGE_SIZE),
+                        LazyMemory(CONTENT[: 8 * PAGE_SIZE], PAGE_SIZE),
+                        PAGE_SIZE,
+                    )
+                ],
+                RamFormat(1, PAGE_SIZE, footers=True),
+                idle=PROMPT,
+                answer=SHORT,
+                limit=RateLimit(None),
+                meter=Meter(),
+                service=Service(),
+            )
+            server.attach(channel)
+            server.begin()
+            with connection:
+                yield Fetching(connection), server
 
 
 def ask(page: int, count: int = 1, block: str | None = "pc.ram") -> RequestPages:
@@ -167,6 +201,41 @@ def test_flood_of_requests_is_bounded(tmp_path: Path) -> None:
         running.result(PROMPT)
         assert len(peer.places) == PAGES
         assert len(source.service.asked) <= PAGES
+
+
+def test_destination_that_asks_on_and_on_and_does_not_load(tmp_path: Path) -> None:
+    """The machine stands still meanwhile: no request moves the deadline."""
+    with serving(tmp_path, answer=SHORT) as (peer, _, running):
+        peer.start()
+        with suppress(OSError):
+            while not running.done():
+                peer.say(ask(7))
+                time.sleep(0.01)
+        with pytest.raises(PeerSilent, match="load the devices"):
+            running.result(PROMPT)
+
+
+def test_destination_that_says_other_things_at_the_end(tmp_path: Path) -> None:
+    with serving(tmp_path, answer=SHORT) as (peer, _, running):
+        peer.start()
+        peer.say(LOADED)
+        wait_until(lambda: EndOfStream in peer.kinds)
+        with suppress(OSError):
+            while not running.done():
+                peer.say(Pong(7))
+        with pytest.raises(Paused, match="answer"):
+            running.result(PROMPT)
+
+
+@pytest.mark.parametrize("word", ["await_ready", "await_taken"])
+def test_destination_that_has_all_memory_and_does_not_say_the_word(
+    tmp_path: Path, word: str
+) -> None:
+    with served(tmp_path) as (peer, server):
+        waiting = background(getattr(server, word))
+        background(lambda: peer.connection.recv(1 << 20))
+        with pytest.raises(PeerSilent, match="did not say so"):
+            waiting.result(PROMPT)
 
 
 def test_destination_that_gives_up_is_a_refusal(tmp_path: Path) -> None:

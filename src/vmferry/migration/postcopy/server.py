@@ -177,34 +177,47 @@ class PageServer:
         self.send([command.encode() for command in before])
         self.send([ReceivedBitmap(block.ram.name).encode() for block in self._blocks])
         for block in self._blocks:
-            match self._await():
+            match self._await(self._answer_deadline()):
                 case HavePages(name, bitmap) if name == block.ram.name:
                     block.have(bitmap, self._ram.page_size)
                 case other:
                     raise _unexpected(other, f"the pages of {block.ram.name!r}")
         self.left.again()
         self.send([PostcopyResume().encode()])
-        if not isinstance(found := self._await(), ResumeAck):
+        if not isinstance(found := self._await(self._answer_deadline()), ResumeAck):
             raise _unexpected(found, "that the migration is resumed")
         if self.service.loaded is None:
             self.service.loaded = time.perf_counter() - self._began
 
     def await_loaded(self) -> None:
         """Return once the destination has loaded all devices, which may need memory."""
-        while self.service.loaded is None:
-            # Nothing else shall stand in the way of what the devices ask for.
-            self._turn(sending=self.left.expects)
+        # Nothing else shall stand in the way of what the devices ask for.
+        self._await_word(
+            lambda: self.service.loaded is not None, "load the devices", lambda: self.left.expects
+        )
 
     def await_ready(self) -> Identity:
         """Return once the destination says that it waits for a *go*; who it is."""
-        while len(self._ready) <= NUMBERS:
-            self._turn(sending=True)
+        self._await_word(lambda: len(self._ready) > NUMBERS, "be ready")
         return Identity.from_numbers(self._ready[1:])
 
     def await_taken(self) -> None:
         """Return once the destination has heard *go*."""
-        while not self.is_taken:
-            self._turn(sending=True)
+        self._await_word(lambda: self.is_taken, "take the machine")
+
+    def _await_word(
+        self, is_said: Callable[[], bool], what: str, sends: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Serve until the destination has said something, as long as an answer may take in all."""
+        until = self._answer_deadline()
+        more = True
+        while not is_said():
+            if until is not None and time.monotonic() >= until:
+                raise PeerSilent(
+                    f"waited {format_duration(self._answer_within or 0)} for the destination to"
+                    f" {what}, it did not say so"
+                )
+            more = self._turn(sending=more and sends(), until=until)
 
     def drain(self) -> None:
         """Hear what was said before the connection ended.
@@ -233,8 +246,7 @@ class PageServer:
         if self._urgent is not self._main:
             self._write(self._urgent, [RamEnd().encode()])
         self.send([*self._ram.end_of_part(), EndOfStream().encode()])
-        within = self._answer_within
-        deadline = None if within is None else time.monotonic() + within
+        deadline = self._answer_deadline()
         while True:
             match self._await(deadline):
                 case Shut(0):
@@ -247,31 +259,31 @@ class PageServer:
 
     # Serving
 
-    def _turn(self, *, sending: bool) -> bool:
-        """Do what is to be done next; whether there is more."""
-        patience = self._idle if sending else self._answer_within
+    def _turn(self, *, sending: bool, until: float | None = None) -> bool:
+        """Do what is to be done next, or nothing up to *until*; whether there may be more."""
         # The limit is for the background: nobody who asks waits for it.
         due = self._limit.due() if sending else 0.0
-        if due:
-            patience = due
+        sending = sending and not due
+        patience = self._idle if sending else due or None
         deadline = None if patience is None else time.monotonic() + patience
+        ends = [moment for moment in (deadline, until) if moment is not None]
         while True:
             if self._given_up():
                 raise ChannelClosed("the migration was cancelled on this side")
-            left = _LOOK if deadline is None else min(_LOOK, deadline - time.monotonic())
-            readable, writable = self._main.turn(max(left, 0), sending=sending and not due)
+            left = min([_LOOK, *(moment - time.monotonic() for moment in ends)])
+            readable, writable = self._main.turn(max(left, 0), sending=sending)
             if readable:
                 self._receive()
                 self._answer()
                 return True
             if writable:
                 return self._send_next()
-            if due:
+            if due or (until is not None and time.monotonic() >= until):
                 return True
             if deadline is not None and time.monotonic() >= deadline:
                 raise PeerSilent(
-                    f"waited {format_duration(patience or 0)} for the destination to "
-                    + ("read on, it did not" if sending else "load the devices, it did not say so")
+                    f"waited {format_duration(patience or 0)} for the destination to read on, it"
+                    " did not"
                 )
 
     def _answer(self) -> None:
@@ -347,16 +359,25 @@ class PageServer:
             case other:
                 raise _unexpected(other, "a request for pages")
 
-    def _await(self, deadline: float | None = None) -> Message:
-        """The next message."""
+    def _answer_deadline(self) -> float | None:
+        """When an answer to what is said now is late."""
+        within = self._answer_within
+        return None if within is None else time.monotonic() + within
+
+    def _await(self, deadline: float | None) -> Message:
+        """The next message; whatever else comes does not move the *deadline*."""
         buffer = self._reader.buffer
         while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise PeerSilent(
+                    "waited for an answer of the destination, and it said other things"
+                )
             for message in self._reader.events():
                 return message
             if buffer.ended:
                 raise self._gone()
-            left = self._answer_within if deadline is None else deadline - time.monotonic()
-            buffer.received(self._main.recv_into(buffer.room(), left and max(left, 0.001)))
+            buffer.received(self._main.recv_into(buffer.room(), left))
 
     def _gone(self) -> TransportError | PeerError:
         if self.service.loaded is not None:
