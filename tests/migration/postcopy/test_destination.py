@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -341,8 +343,8 @@ def test_devices_that_do_not_fit_leave_the_machine_to_its_source(
 WHO = (ANNOUNCE, *Identity.own().numbers())
 
 
-@pytest.fixture
-def ready(there: Waiting, checkpoint: vmferry.Checkpoint) -> Iterator[Scripted]:
+@contextmanager
+def waiting_for_go(there: Waiting, checkpoint: vmferry.Checkpoint) -> Iterator[Scripted]:
     """A source that announced itself; the machine is loaded and waits for its last word."""
     with Scripted(checkpoint, there.listen()) as source:
         source.begin(*map(Ping, WHO))
@@ -350,6 +352,13 @@ def ready(there: Waiting, checkpoint: vmferry.Checkpoint) -> Iterator[Scripted]:
         source.hear_loaded()
         source.hear(lambda message: message == Pong(READY))
         assert there.run_state == "inmigrate"
+        yield source
+
+
+@pytest.fixture
+def ready(there: Waiting, checkpoint: vmferry.Checkpoint) -> Iterator[Scripted]:
+    """See :func:`waiting_for_go`."""
+    with waiting_for_go(there, checkpoint) as source:
         yield source
 
 
@@ -395,6 +404,27 @@ def test_another_source_does_not_give_the_machine_away(
     other.close()
     assert there.run_state == "inmigrate"
     finish(ready, resume(ready, there.recover(), WHO))
+    there.is_whole()
+
+
+def test_source_that_comes_back_and_does_not_go_on_is_left(
+    there: Waiting, checkpoint: vmferry.Checkpoint
+) -> None:
+    """Nobody waits for a page, and yet somebody else has to get a turn."""
+    there.set(x_vmferry_idle_deadline=1.0)
+    with waiting_for_go(there, checkpoint) as source:
+        source.close()
+        there.wait_for("postcopy-paused")
+        with Scripted(checkpoint, there.recover()) as other:
+            there.wait_for("postcopy-recover")
+            with suppress(TransportError):
+                while there.query()["status"] == "postcopy-recover":
+                    other.say(Ping(1).encode())
+                    time.sleep(0.1)
+            there.wait_for("postcopy-paused")
+        assert "goes on" in there.error()
+        have = resume(source, there.recover(), WHO)
+        finish(source, have)
     there.is_whole()
 
 

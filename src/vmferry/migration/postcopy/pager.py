@@ -130,26 +130,31 @@ class Pager:
             except OSError as error:
                 self._lose(f"the host does not take a page: {error.strerror}")
 
-    def _patience(self) -> float | None:
-        """Milliseconds: the source may be silent where nobody waits for a page."""
+    @property
+    def _waits(self) -> bool:
+        """Whether the source has something to say: a page, or that it goes on."""
         memory = self._memory
-        waiting = memory is not None and memory.waited and self._main is not None
-        return None if self._idle is None or not waiting else 1000.0
+        if memory is None or self._main is None or self._is_done:
+            return False
+        return bool(memory.waited) or not self._asks
+
+    def _patience(self) -> float | None:
+        """Milliseconds: the source may be silent where nobody waits for it."""
+        return None if self._idle is None or not self._waits else 1000.0
 
     def _turn(self, ready: set[int]) -> None:
         for link in (self._urgent, self._main):
             if link is not None and link.sock.fileno() in ready and link.receive():
-                self._heard = time.monotonic()
+                if self._asks:  # whoever comes back has as long as that in all
+                    self._heard = time.monotonic()
                 self._take(link)
         if self._unsent and self._main is not None:
             self._flush()
         self._check_end()
-        memory = self._memory
-        if self._main is None or self._is_done or self._idle is None or memory is None:
-            return
-        if memory.waited and time.monotonic() - self._heard > self._idle:
+        if self._waits and self._idle and time.monotonic() - self._heard > self._idle:
             patience = format_duration(self._idle)
-            raise PeerSilent(f"waited {patience} for a page, and the source says nothing")
+            what = "a page" if self._asks else "the word that it goes on"
+            raise PeerSilent(f"waited {patience} for {what} of the source, which does not come")
 
     # Faults
 
