@@ -226,7 +226,11 @@ class LiveSource:
         self._wants_postcopy.set()
 
     def resume(self, connect: Connect) -> None:
-        """Go on with a migration that is paused, over channels that *connect* opens."""
+        """Go on with a migration that is paused, over channels that *connect* opens.
+
+        Raises :class:`UsageError` where it is not, or somebody was quicker.
+        """
+        self._track.move(Status.POSTCOPY_RECOVER)
         self._connects.put(connect)
 
     def abandon(self) -> None:
@@ -290,7 +294,6 @@ class LiveSource:
         connect = self._connects.get()
         if connect is None:
             raise ChannelClosed("the migration was broken off on this side")
-        self._track.move(Status.POSTCOPY_RECOVER)
         return partial(self._source.reconnect, connect)
 
     def resumed(self) -> None:

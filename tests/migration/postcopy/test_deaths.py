@@ -9,19 +9,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.migration.hosted import Hosted
+from tests.migration.python_machine import PythonMachine
 from tests.migration.relay import Relay
 from tests.transports.support import wait_until
-from vmferry import TransportError
+from vmferry import TransportError, UsageError
 from vmferry.memory import faults
+from vmferry.migration.control import Control
+from vmferry.migration.status import Status
 
 NO_FAULTS = faults.missing(kernel=False)
 pytestmark = pytest.mark.skipif(NO_FAULTS is not None, reason=str(NO_FAULTS))
 
 BEFORE_GO = ["stopped", "discards-sent", "package-sent", "loaded-heard", "ready-heard"]
+POSTCOPY = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
 SLOW = {"max_bandwidth": 1 << 20, "max_postcopy_bandwidth": 1 << 20}
 SHORT = {"x_vmferry_answer_deadline": 2.0, "x_vmferry_idle_deadline": 2.0}
 
@@ -43,22 +48,24 @@ class Pair:
 
         *relayed*: over a connection that can be cut.
         """
-        there = self._stack.enter_context(
-            Hosted(self._path / "there", "destination", fault=destination)
-        )
+        there, uri = self.listen(destination, **parameters)
         here = self._stack.enter_context(Hosted(self._path / "here", "source", fault=source))
-        states = [{"capability": "postcopy-ram", "state": True}]
-        for side in (here, there):
-            side.qmp.execute("migrate-set-capabilities", {"capabilities": states})
+        here.qmp.execute("migrate-set-capabilities", POSTCOPY)
         here.set(**(SLOW | parameters))
-        there.set(**parameters)
-        uri = f"unix:{self._path}/channel"
-        there.qmp.execute("migrate-incoming", {"uri": uri})
-        self.relay = self._stack.enter_context(Relay(f"unix:{self._path}/relay", uri))
         here.qmp.execute("migrate", {"uri": self.relay.address if relayed else uri})
         with suppress(TransportError):  # it may die before it has answered
             here.qmp.execute("migrate-start-postcopy")
         return here, there
+
+    def listen(self, fault: str = "", **parameters: object) -> tuple[Hosted, str]:
+        """A destination that waits, and where; :attr:`relay` leads there as well."""
+        there = self._stack.enter_context(Hosted(self._path / "there", "destination", fault=fault))
+        there.qmp.execute("migrate-set-capabilities", POSTCOPY)
+        there.set(**parameters)
+        uri = f"unix:{self._path}/channel"
+        there.qmp.execute("migrate-incoming", {"uri": uri})
+        self.relay = self._stack.enter_context(Relay(f"unix:{self._path}/relay", uri))
+        return there, uri
 
     def recover(self, here: Hosted, there: Hosted) -> None:
         uri = f"unix:{self._path}/again"
@@ -158,3 +165,31 @@ def test_failure_while_it_is_taken_up_again_is_another_pause(pair: Pair) -> None
     pair.recover(source, destination)
     wait_until(lambda: "reconnected" in source.query().get("error-desc", ""))
     assert source.query()["status"] == "postcopy-paused"
+
+
+def test_one_recovery_at_a_time(pair: Pair, tmp_path: Path) -> None:
+    """What comes second would be tried when the first has failed, whoever listens there then."""
+    refused: list[str] = []
+
+    def told(name: str, data: dict[str, Any]) -> None:
+        if (name, data.get("status")) == ("MIGRATION", "postcopy-paused") and not refused:
+            control.resume(f"unix:{tmp_path}/nobody")
+            try:
+                control.resume(f"unix:{tmp_path}/nobody")
+            except UsageError as error:
+                refused.append(str(error))
+
+    with PythonMachine() as machine:
+        control = Control(machine, notify=told)
+        control.set_capabilities({"postcopy-ram": True, "events": True})
+        control.set_parameters({"max-bandwidth": 1 << 20, "max-postcopy-bandwidth": 1 << 17})
+        machine.fill().resume()
+        pair.listen()
+        control.migrate(pair.relay.address)
+        control.start_postcopy()
+        wait_until(lambda: control.status == Status.POSTCOPY_ACTIVE)
+        pair.relay.cut()
+        wait_until(lambda: bool(refused))
+        wait_until(lambda: control.status == Status.POSTCOPY_PAUSED)
+        control.close()
+    assert "postcopy-recover" in refused[0]

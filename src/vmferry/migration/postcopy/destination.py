@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -114,6 +115,7 @@ class PostcopyDestination:
         self._source: Sequence[int] = ()
         self._channels: list[Channel] = []
         self._listener: Listener | None = None
+        self._recovering = threading.Lock()
         self._events: SimpleQueue[Event | Listener | None] = SimpleQueue()
         self._pager: PagerProcess | None = self._new_pager()
 
@@ -324,10 +326,11 @@ class PostcopyDestination:
 
     def recover(self, listener: Listener) -> None:
         """Let the source come back at *listener*, which belongs to this side from now on."""
-        before, self._listener = self._listener, listener
+        with self._recovering:
+            before, self._listener = self._listener, listener
+            self._events.put(listener)
         if before is not None:
             before.shutdown()
-        self._events.put(listener)
 
     def _take_up(self, listener: Listener) -> None:
         """Wait for the source, and hand its connection over."""
