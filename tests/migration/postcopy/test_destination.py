@@ -6,10 +6,12 @@ So whoever touches a page that is missing holds the interpreter lock of its proc
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,18 @@ class Waiting(Hosted):
         """The pid of the pager."""
         (found,) = pagers(self._process.pid)
         return found
+
+    def free_descriptor(self) -> int:
+        """The number of the next descriptor that the process opens."""
+        taken = {int(found.name) for found in Path(f"/proc/{self._process.pid}/fd").iterdir()}
+        return next(number for number in count() if number not in taken)
+
+    def limit_descriptors(self, most: int) -> int:
+        """Let it have numbers below *most*; the limit before."""
+        pid, kind = self._process.pid, resource.RLIMIT_NOFILE
+        before, hard = resource.prlimit(pid, kind)
+        resource.prlimit(pid, kind, (most, hard))
+        return before
 
     def wait_for_pause(self) -> None:
         """Wait until it is paused once more."""
@@ -443,6 +457,23 @@ def test_pager_that_dies_is_replaced(there: Waiting, running: Scripted) -> None:
         running.say(SectionPart(1, "ram").encode())
     running.say(running.end_of_part())
     finish(running, have)
+    there.is_whole()
+
+
+def test_host_that_has_nothing_for_another_pager_may_have_it_later(
+    there: Waiting, running: Scripted
+) -> None:
+    os.kill(there.pager(), signal.SIGKILL)
+    there.wait_for("postcopy-paused")
+    uri, free = there.recover(), there.free_descriptor()
+    # For the connection there is one, for a pager there is none.
+    before = there.limit_descriptors(free + 1)
+    other = Scripted(running.checkpoint, uri)
+    wait_until(lambda: "Too many open files" in there.error(), LONG)
+    other.close()
+    there.limit_descriptors(before)
+    assert there.run_state == "running"
+    finish(running, resume(running, there.recover()))
     there.is_whole()
 
 

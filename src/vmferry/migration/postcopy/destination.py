@@ -336,26 +336,29 @@ class PostcopyDestination:
         """Wait for the source, and hand its connection over."""
         with listener:
             try:
-                channel = listener.accept()
+                self._hand_over(listener)
             except ChannelClosed:
-                return  # it is waited for elsewhere now
-            except TransportError as error:
-                self._lost(str(error))
-                return
-            if channel is None or self._start is None:
-                return
-            self._drop_channels()
-            self._channels = [channel]
-            pager = self._revived()
-            self._phase("postcopy-recover")
-            pager.resume(self._start, channel, self._source, idle=self._idle)
-            if not self.preempt:
-                return
-            with suppress(TransportError):
-                urgent = listener.accept(self._first)
-                if urgent is not None:
-                    self._channels.append(urgent)
-                    pager.urgent(urgent)
+                pass  # it is waited for elsewhere now
+            except (OSError, TransportError) as error:
+                # The host may have what it takes the next time.
+                self._pause(str(error))
+
+    def _hand_over(self, listener: Listener) -> None:
+        channel = listener.accept()
+        if channel is None or self._start is None:
+            return
+        self._drop_channels()
+        self._channels = [channel]
+        pager = self._revived()
+        self._phase("postcopy-recover")
+        pager.resume(self._start, channel, self._source, idle=self._idle)
+        if not self.preempt:
+            return
+        with suppress(TransportError):
+            urgent = listener.accept(self._first)
+            if urgent is not None:
+                self._channels.append(urgent)
+                pager.urgent(urgent)
 
     def _revived(self) -> PagerProcess:
         """The pager, or another one in the place of one that has died."""
@@ -396,6 +399,8 @@ class PostcopyDestination:
         if self._faults < 0:
             self._end_faults()
         self._drop_channels()
+        if self._listener is not None:
+            self._listener.close()
         self._cleanup.close()
 
 

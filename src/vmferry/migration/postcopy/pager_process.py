@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 from vmferry.migration.takeover import ABORT, GO, GRANTED
@@ -36,14 +36,17 @@ class PagerProcess:
     def __init__(self, hear: Callable[[dict[str, Any]], None]) -> None:
         self._hear = hear
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            # In a session of its own: ctrl-C is for the machine's process.
-            self._process: subprocess.Popen[bytes] = subprocess.Popen(
-                [sys.executable, "-m", _MODULE],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        with ExitStack() as undo:
+            undo.callback(self._control.close)
+            with theirs:
+                # In a session of its own: ctrl-C is for the machine's process.
+                self._process: subprocess.Popen[bytes] = subprocess.Popen(
+                    [sys.executable, "-m", _MODULE],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            undo.pop_all()
         self._thread = threading.Thread(target=self._listen, name="pager", daemon=True)
         self._thread.start()
 
