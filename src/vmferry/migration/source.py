@@ -355,7 +355,7 @@ class Source:
             self._send(*forgotten, Ping(_SWITCHING))
             # When that is answered, all that was sent before is in its place, and what was to be
             # forgotten is: the machine need not stand still meanwhile, but it writes.
-            heeds |= self._verdict.heeds_go(_SWITCHING, options.answer)
+            heeds = self._verdict.heeds_go(_SWITCHING, options.answer)
             if not forgotten:
                 break
         self.has_switched = True

@@ -41,6 +41,8 @@ _LEFT: Final = (
     " messages say why"
 )
 
+_TOO_EARLY: Final = "the destination says that it has a machine that was not sent yet"
+
 _LOOK: Final = 0.02
 """Seconds between two looks at whether the wait was given up."""
 
@@ -57,6 +59,7 @@ class Verdict:
         self._reader = ReturnPathReader()
         self._waiting: list[Message] = []
         self._reason = ""
+        self._heeds = False
 
     def await_ready(self, patience: float | None) -> Identity | None:
         """Return once the destination has loaded everything: who it is, where it waits for a *go*.
@@ -79,13 +82,11 @@ class Verdict:
 
         Then everything that was sent before has come, and it has nothing more to say.
         """
-        heeds = False
         for message in self._messages(patience):
-            _is_success(message, self._reason)
-            if isinstance(message, Pong):
-                heeds |= message.value == HEEDS
-                if message.value == token:
-                    return heeds
+            if _is_success(message, self._reason):
+                raise PeerError(_TOO_EARLY)
+            if message == Pong(token):
+                return self._heeds
         raise PeerError(_LEFT)
 
     def await_success(self, patience: float | None) -> None:
@@ -102,7 +103,7 @@ class Verdict:
         """Raise :class:`PeerError` where the destination has ended the migration by now."""
         with suppress(PeerSilent):
             if any(_is_success(message, self._reason) for message in self._messages(_LOOK)):
-                raise PeerError("the destination says that it has a machine that was not sent yet")
+                raise PeerError(_TOO_EARLY)
             raise PeerError(_LEFT)
 
     def refusal(self) -> PeerError | None:
@@ -133,6 +134,8 @@ class Verdict:
                 if isinstance(message, Reason):
                     self._reason = message.text
                 else:
+                    # It may come long before anybody asks for it.
+                    self._heeds |= message == Pong(HEEDS)
                     yield message
             if buffer.ended:
                 return
