@@ -100,8 +100,10 @@ class LastWord:
         """As :meth:`take`, of a machine whose memory is still at its source; it was checked."""
         self._say_ready()
         ownership = self._ownership
-        postcopy.await_go(None if ownership is None else ownership.try_take)
+        is_asked = postcopy.await_go(None if ownership is None else ownership.try_take)
         self._take(ownership)
+        if is_asked:  # as long as it was not answered the source can have the machine back
+            postcopy.answer_go()
 
     def decline(self) -> None:
         """The machine is not to be this side's."""

@@ -104,7 +104,7 @@ def test_source_that_fails_before_go_goes_on(pair: Pair, point: str) -> None:
     assert destination.run_state == "inmigrate"
 
 
-@pytest.mark.parametrize("point", ["memory-known", "loaded", "ready-said"])
+@pytest.mark.parametrize("point", ["memory-known", "loaded", "ready-said", "go-heard"])
 @pytest.mark.parametrize("action", ["kill", "fail"])
 def test_destination_lost_before_it_took_the_machine_leaves_it(
     pair: Pair, point: str, action: str
@@ -129,9 +129,8 @@ def test_destination_that_refuses_what_is_given_already_leaves_it(pair: Pair) ->
     source.runs_on()
 
 
-@pytest.mark.parametrize("point", ["go-heard", "running"])
-def test_destination_that_dies_with_the_machine_takes_it_along(pair: Pair, point: str) -> None:
-    source, destination = pair.begin(destination=f"{point}:kill")
+def test_destination_that_dies_with_the_machine_takes_it_along(pair: Pair) -> None:
+    source, destination = pair.begin(destination="running:kill")
     destination.wait_death()
     source.wait_for("postcopy-paused")
     assert source.run_state == "finish-migrate"

@@ -110,7 +110,8 @@ class PostcopyDestination:
         self._received: dict[str, Marks] = {}
         self._first_pages: dict[str, int] = {}
         self._faults = -1
-        self._is_done = self._is_up = False
+        self._is_done = self._is_up = self._is_answered = self._is_resumed = False
+        self._words: set[int] = set()
         self._start: Continuation | None = None
         self._source: Sequence[int] = ()
         self._channels: list[Channel] = []
@@ -230,25 +231,26 @@ class PostcopyDestination:
         while self._faults < 0:
             self._step(None)
 
-    def await_go(self, taken: Callable[[], bool] | None) -> None:
+    def await_go(self, taken: Callable[[], bool] | None) -> bool:
         """Wait until the machine is this side's: by the source's word, or where *taken* says so.
 
-        A source that resumes a migration that was paused has given the machine away.
+        Whether the source waits for the answer (:meth:`answer_go`).  One that resumes a migration
+        that was paused has given the machine away, and does not.
         """
-        while taken is None or not taken():
-            match self._step(None if taken is None else _ASK):
-                case {"event": "word", "value": value} if value == GO and taken is None:
-                    if self._has_answered():
-                        return
-                case {"event": "resumed"} if taken is None:
-                    return
-                case {"event": "word", "value": value} if value == ABORT:
-                    raise PeerError("the source has taken its machine back")
-                case {"event": "done"} if taken is None:
-                    raise PeerError("the source has ended without giving its machine away")
+        while True:
+            if ABORT in self._words:
+                raise PeerError("the source has taken its machine back")
+            if taken is not None:
+                if taken():
+                    return False
+            elif GO in self._words or self._is_resumed:
+                return not self._is_resumed
+            elif self._is_done:
+                raise PeerError("the source has ended without giving its machine away")
+            self._step(None if taken is None else _ASK)
 
-    def _has_answered(self) -> bool:
-        """Answer *go*, and see it on its way; false where the source is lost before.
+    def answer_go(self) -> None:
+        """Answer *go*, and see it on its way; where the source is lost before, until it resumes.
 
         A source that was not answered knows by the end of this side's process that the machine has
         not run here.
@@ -256,12 +258,8 @@ class PostcopyDestination:
         self.say(Pong(GO))
         if self._pager is not None:
             self._pager.flush()
-        while True:
-            match self._step(None):
-                case {"event": "said"}:
-                    return True
-                case {"event": "paused" | "gone"}:
-                    return False
+        while not (self._is_answered or self._is_resumed):
+            self._step(None)
 
     # While it runs
 
@@ -271,48 +269,52 @@ class PostcopyDestination:
             self._step(None)
         self._end_faults()
 
-    def _step(self, timeout: float | None) -> Event | None:
-        """Deal with the next thing that happens; the pager's message, or ``None``.
-
-        Waits at most *timeout* seconds.
-        """
+    def _step(self, timeout: float | None) -> None:
+        """Deal with the next thing that happens within *timeout* seconds, if anything does."""
         try:
             found = self._events.get(timeout=timeout)
         except Empty:
-            return None
+            return
         match found:
             case None:
                 raise ChannelClosed("the migration was cancelled on this side")
             case Listener():
                 self._take_up(found)
-                return None
             case _:
                 self._hear(found)
-                return found
 
     def _hear(self, event: Event) -> None:
         match event:
-            case {"event": "kept", "descriptor": descriptor} if self._faults < 0:
-                self._faults = descriptor
             case {"event": "kept", "descriptor": descriptor}:
-                os.close(descriptor)
+                if self._faults >= 0:
+                    os.close(descriptor)
+                else:
+                    self._faults = descriptor
             case {"event": "up"}:
                 self._is_up = True
             case {"event": "done"}:
                 self._is_done = True
+            case {"event": "word", "value": value}:
+                self._words.add(value)
+            case {"event": "said"}:
+                self._is_answered = True
             case {"event": "resumed"}:
+                self._is_resumed = True
                 self._phase("postcopy-active")
             case {"event": "paused", "reason": reason}:
                 self._pause(reason)
             case {"event": "failed", "reason": reason}:
                 raise PeerError(f"the source is lost before the machine ran: {reason}")
             case {"event": "gone", "reason": reason}:
-                if self._pager is not None:
-                    self._pager.close()
-                    self._pager = None
-                if self._faults < 0:
-                    raise PeerError(f"{reason} before the machine ran")
-                self._pause(reason)
+                self._pager_ended(reason)
+
+    def _pager_ended(self, reason: str) -> None:
+        if self._pager is not None:
+            self._pager.close()
+            self._pager = None
+        if self._faults < 0:
+            raise PeerError(f"{reason} before the machine ran")
+        self._pause(reason)
 
     def _pause(self, reason: str) -> None:
         self._drop_channels()

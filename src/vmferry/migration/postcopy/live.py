@@ -216,10 +216,10 @@ class Follow:
     def _give(self) -> None:
         """Hear that it is loaded, and let go of the machine."""
         server = self._server
-        server.await_loaded()
         if not self._way.heeds:
-            return
+            return server.await_loaded()
         try:
+            server.await_loaded()
             self._destination = server.await_ready()
             reach("ready-heard")
             if self._ownership is not None:
@@ -228,6 +228,7 @@ class Follow:
         except VmferryError:
             self._abort()
             raise
+        return None
 
     def _abort(self) -> None:
         """Tell the destination, where that is possible; else it stays paused."""
