@@ -41,7 +41,7 @@ class PagerProcess:
             with theirs:
                 # In a session of its own: ctrl-C is for the machine's process.
                 self._process: subprocess.Popen[bytes] = subprocess.Popen(
-                    [sys.executable, "-m", _MODULE],
+                    [sys.executable, "-P", "-m", _MODULE],
                     stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     start_new_session=True,
