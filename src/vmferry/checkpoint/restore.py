@@ -18,7 +18,7 @@ from vmferry.migration.run_state import RUNNING
 from vmferry.pages import page_sums
 from vmferry.qemu.postcopy import postcopy
 from vmferry.qemu.qmp import Qmp
-from vmferry.qemu.waiting import WaitingQemu, listen_again
+from vmferry.qemu.waiting import WaitingQemu, has_everything, listen_again
 from vmferry.transports import connect
 from vmferry.wire.ram import RamBlock
 
@@ -167,11 +167,16 @@ class Restore:
                     raise
                 self._paused(error)
                 last = error
-            source = self._taken_up(self._qmp, source, last)
+            following = self._taken_up(self._qmp, source, last)
+            if following is None:
+                return None
+            source = following
 
-    def _taken_up(self, qmp: Qmp, source: LazySource, error: Paused) -> LazySource:
-        """A source that goes on, once the destination listens again."""
+    def _taken_up(self, qmp: Qmp, source: LazySource, error: Paused) -> LazySource | None:
+        """A source that goes on, once the destination listens again; none where it has all."""
         while not self._cancelled.wait(_AGAIN):
+            if has_everything(qmp):
+                return None  # it had said so, and that was lost
             try:
                 listen_again(qmp, self._uri)
                 return self._begin(replace(self._options, resume=True), source.service)

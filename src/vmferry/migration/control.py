@@ -293,11 +293,16 @@ class Control:
     def recover(self, uri: str) -> str:
         """``migrate-recover``: wait at *uri* for the source of memory that is still missing.
 
-        The address for the source.  Without the lock: whoever has that may wait for such memory.
+        Where all has come, for a source that did not hear so.  The address for it.  Without the
+        lock: whoever has that may wait for such memory.
         """
-        destination = self._destination
-        if destination is None or self._track.current != Status.POSTCOPY_PAUSED:
-            raise UsageError(f"the migration is {self._track.current}, not postcopy-paused")
+        destination, status = self._destination, self._track.current
+        can_be = destination is not None and (
+            status is Status.POSTCOPY_PAUSED
+            or (status is Status.COMPLETED and destination.has_followed)
+        )
+        if destination is None or not can_be:
+            raise UsageError(f"the migration is {status}, not postcopy-paused")
         listener = listen(uri)
         self._address = listener.address
         destination.recover(listener)

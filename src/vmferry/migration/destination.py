@@ -182,11 +182,17 @@ class Destination:
     def recover(self, listener: Listener) -> None:
         """Let the source of memory that is still missing come back at *listener*, from any thread.
 
-        The listener belongs to this from now on.
+        Or that of memory which has all come, where it did not hear so.  The listener belongs to
+        this from now on.
         """
         if self._postcopy is None:
             raise UsageError("there is no postcopy to recover")
         self._postcopy.recover(listener)
+
+    @property
+    def has_followed(self) -> bool:
+        """Whether memory has followed the machine, and all of it has come."""
+        return self._postcopy is not None and self._postcopy.has_all
 
     def decide(self, *, take: bool) -> None:
         """An operator's word in the phase ``in-doubt``, from any thread: take it, or drop it."""

@@ -23,6 +23,7 @@ _BLOCK: Final = re.compile(
     r" +0x[0-9a-f]+",
     re.MULTILINE,
 )
+_COMPLETED: Final = "completed"
 _UNITS: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -133,12 +134,18 @@ class WaitingQemu:
 def listen_again(qmp: Qmp, uri: str) -> None:
     """Have a QEMU whose migration is paused listen at *uri* for the rest of its memory.
 
-    Raises :class:`UsageError` where its migration is not paused.
+    One that has all of it may have a source that did not hear that: a machine of vmferry says it
+    once more.  Raises :class:`UsageError` where its migration is neither.
     """
     status = qmp.execute("query-migrate").get("status")
-    if status != "postcopy-paused":
+    if status not in {"postcopy-paused", _COMPLETED}:
         raise UsageError(
             "expected a QEMU whose migration is postcopy-paused, found one where it is"
             f" {printable(str(status))}"
         )
     qmp.execute("migrate-recover", {"uri": uri})
+
+
+def has_everything(qmp: Qmp) -> bool:
+    """Whether the migration into a QEMU is over, and all has come."""
+    return bool(qmp.execute("query-migrate").get("status") == _COMPLETED)

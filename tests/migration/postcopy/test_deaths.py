@@ -21,6 +21,7 @@ from vmferry import TransportError, UsageError
 from vmferry.memory import faults
 from vmferry.migration.control import Control
 from vmferry.migration.status import Status
+from vmferry.wire.return_path import Shut
 
 NO_FAULTS = faults.missing(kernel=False)
 pytestmark = pytest.mark.skipif(NO_FAULTS is not None, reason=str(NO_FAULTS))
@@ -42,13 +43,14 @@ class Pair:
         source: str = "",
         destination: str = "",
         relayed: bool = False,
+        cut_at: bytes | None = None,
         **parameters: object,
     ) -> tuple[Hosted, Hosted]:
         """Begin to move a machine; *source* and *destination* are what is to go wrong there.
 
-        *relayed*: over a connection that can be cut.
+        *relayed*: over a connection that can be cut, or is at the words *cut_at*.
         """
-        there, uri = self.listen(destination, **parameters)
+        there, uri = self.listen(destination, cut_at, **parameters)
         here = self._stack.enter_context(Hosted(self._path / "here", "source", fault=source))
         here.qmp.execute("migrate-set-capabilities", POSTCOPY)
         here.set(**(SLOW | parameters))
@@ -57,14 +59,18 @@ class Pair:
             here.qmp.execute("migrate-start-postcopy")
         return here, there
 
-    def listen(self, fault: str = "", **parameters: object) -> tuple[Hosted, str]:
+    def listen(
+        self, fault: str = "", cut_at: bytes | None = None, **parameters: object
+    ) -> tuple[Hosted, str]:
         """A destination that waits, and where; :attr:`relay` leads there as well."""
         there = self._stack.enter_context(Hosted(self._path / "there", "destination", fault=fault))
         there.qmp.execute("migrate-set-capabilities", POSTCOPY)
         there.set(**parameters)
         uri = f"unix:{self._path}/channel"
         there.qmp.execute("migrate-incoming", {"uri": uri})
-        self.relay = self._stack.enter_context(Relay(f"unix:{self._path}/relay", uri))
+        self.relay = self._stack.enter_context(
+            Relay(f"unix:{self._path}/relay", uri, trigger=cut_at)
+        )
         return there, uri
 
     def recover(self, here: Hosted, there: Hosted) -> None:
@@ -147,6 +153,15 @@ def test_destination_frozen_behind_go_goes_on_where_it_was(pair: Pair) -> None:
         pair.recover(source, destination)
     source.wait_for("completed")
     destination.wait_for("completed")
+    destination.runs_on()
+
+
+def test_source_that_missed_the_last_word_hears_it_again(pair: Pair) -> None:
+    source, destination = pair.begin(relayed=True, cut_at=Shut(0).encode())
+    source.wait_for("postcopy-paused")
+    destination.wait_for("completed")
+    pair.recover(source, destination)
+    source.wait_for("completed")
     destination.runs_on()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +22,17 @@ import vmferry
 from tests.migration.hosted import LONG, Hosted
 from tests.migration.postcopy.scripted import SIZE, Scripted
 from tests.migration.python_machine import PythonMachine
+from tests.migration.relay import Relay
 from tests.support.processes import pagers
 from tests.transports.support import background, wait_until
+from vmferry.checkpoint.restore import Restore
 from vmferry.errors import TransportError
 from vmferry.memory import faults
 from vmferry.migration.control import Control
 from vmferry.migration.takeover import ABORT, ANNOUNCE, GO, READY
 from vmferry.ownership.identity import Identity
 from vmferry.pages import PAGE, XBZRLE
+from vmferry.qemu.qmp import Qmp
 from vmferry.wire.buffer import encode_name
 from vmferry.wire.commands import (
     Package,
@@ -177,6 +181,33 @@ def test_thread_that_holds_the_interpreter_lock_gets_its_page(
         source.say(*(source.page(n) for n in range(HOT, source.pages)))
         source.end()
         source.hear(lambda message: message == Shut(0))
+    there.is_whole()
+
+
+class Elsewhere:
+    """A monitor whose machine listens at *there* where it is told to listen at *here*."""
+
+    def __init__(self, qmp: Qmp, here: str, there: str) -> None:
+        self._qmp = qmp
+        self._here = here
+        self._there = there
+        self.wait_event = qmp.wait_event
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        if arguments and arguments.get("uri") == self._here:
+            arguments = {"uri": self._there}
+        return self._qmp.execute(command, arguments)
+
+
+def test_restore_whose_last_answer_is_lost_is_over(
+    there: Waiting, checkpoint: vmferry.Checkpoint, tmp_path: Path
+) -> None:
+    with Relay(f"unix:{tmp_path}/relay", there.uri, trigger=Shut(0).encode()) as relay:
+        paused: list[Exception] = []
+        monitor: Any = Elsewhere(there.qmp, relay.address, there.uri)
+        restore = Restore(checkpoint, relay.address, qmp=monitor, learn=False, paused=paused.append)
+        background(restore.run).result(LONG)
+        assert paused
     there.is_whole()
 
 
@@ -402,6 +433,19 @@ def test_source_that_resumes_has_given_its_machine_away(there: Waiting, ready: S
     have[:HOT] = 1
     finish(ready, have)
     there.is_whole()
+
+
+def test_source_that_comes_when_all_has_come_hears_so(there: Waiting, ready: Scripted) -> None:
+    ready.say(ready.end_of_part(), Ping(GO).encode(), ready.part(ready.rest()), b"\0")
+    ready.hear(lambda message: message == Shut(0))
+    there.is_whole()
+    with Scripted(ready.checkpoint, there.recover()) as other:
+        other.say(PostcopyResume().encode())
+        with pytest.raises((TransportError, AssertionError)):
+            other.hear(lambda _message: True)
+    have = resume(ready, there.recover(), WHO)
+    assert have.all()
+    finish(ready, have)
 
 
 @pytest.mark.parametrize("announced", [(), (*WHO[:-1], WHO[-1] + 1)], ids=["nobody", "another"])

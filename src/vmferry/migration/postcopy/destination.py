@@ -40,6 +40,7 @@ from vmferry.wire.commands import (
 from vmferry.wire.postcopy import Continuation
 from vmferry.wire.return_path import Message, Pong
 
+from .late import say_that_all_came
 from .missing import MISSING, Marks
 from .pager_process import PagerProcess
 
@@ -263,6 +264,11 @@ class PostcopyDestination:
 
     # While it runs
 
+    @property
+    def has_all(self) -> bool:
+        """Whether everything has come."""
+        return self._is_done
+
     def follow(self) -> None:
         """Wait until everything has come, however often the source is lost and comes back."""
         while not self._is_done:
@@ -327,10 +333,17 @@ class PostcopyDestination:
         self._channels = []
 
     def recover(self, listener: Listener) -> None:
-        """Let the source come back at *listener*, which belongs to this side from now on."""
+        """Let the source come back at *listener*, which belongs to this side from now on.
+
+        Where everything has come it may do so to hear that.
+        """
         with self._recovering:
             before, self._listener = self._listener, listener
-            self._events.put(listener)
+            if self._is_done:
+                again = threading.Thread(target=self._say_again, args=(listener,), daemon=True)
+                again.start()
+            else:
+                self._events.put(listener)
         if before is not None:
             before.shutdown()
 
@@ -344,6 +357,15 @@ class PostcopyDestination:
             except (OSError, TransportError) as error:
                 # The host may have what it takes the next time.
                 self._pause(str(error))
+
+    def _say_again(self, listener: Listener) -> None:
+        with listener, suppress(VmferryError):
+            channel = listener.accept()
+            if channel is None or self._start is None:
+                return
+            with channel:
+                self._channels = [channel]
+                say_that_all_came(channel, self._start, self._source)
 
     def _hand_over(self, listener: Listener) -> None:
         channel = listener.accept()
@@ -375,6 +397,9 @@ class PostcopyDestination:
     def cancel(self) -> None:
         """Have whatever waits raise :class:`ChannelClosed`."""
         self._events.put(None)
+        if self._is_done:
+            for channel in list(self._channels):
+                channel.shutdown()
         if self._listener is not None:
             self._listener.shutdown()
 
