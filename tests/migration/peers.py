@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Self
 
 from tests.transports.support import PROMPT
-from vmferry.wire.reader import StreamReader
+from vmferry.wire.reader import StreamReader, Tolerate
 
 LONG = 60.0
 SHUT = bytes.fromhex("0001000400000000")
 
 
 class Peer:
-    """Accepts one connection and reads what comes, for as long as the block lasts."""
+    """Accepts one connection and reads what comes, for as long as the block lasts.
 
-    def __init__(self, path: Path) -> None:
+    *tolerate* as for the reader: where memory follows the machine it has no end of its own.
+    """
+
+    def __init__(self, path: Path, tolerate: Tolerate = Tolerate.NOTHING) -> None:
+        self._tolerate = tolerate
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(1)
@@ -57,7 +61,7 @@ class Peer:
         with contextlib.suppress(OSError):
             connection = self._listener.accept()[0]
             self._connection.set_result(connection)
-            reader = StreamReader()
+            reader = StreamReader(tolerate=self._tolerate)
             while data := connection.recv(1 << 20):
                 for _ in reader.feed(data):
                     pass

@@ -278,6 +278,10 @@ class LiveSource:
         self._statistics.runs_there()
         self._track.move(Status.POSTCOPY_ACTIVE)
 
+    def remains(self, size: int) -> None:
+        """See :class:`~.postcopy.live.Lead`."""
+        self._statistics.remains(size)
+
     def paused(self, error: VmferryError) -> None:
         """See :class:`~.postcopy.live.Lead`."""
         self.paused_for = str(error)

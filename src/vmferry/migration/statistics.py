@@ -93,10 +93,13 @@ class Statistics(Meter):
 
     def synced(self, remaining: int) -> None:
         """The dirty log was collected, and so many bytes are to be sent now; a round begins."""
-        now = self.counters()
-        self._update_xbzrle(now)
-        self._remaining, self._at_sync = remaining, now
+        self._update_xbzrle(self.counters())
+        self.remains(remaining)
         self.next_round()
+
+    def remains(self, remaining: int) -> None:
+        """So many bytes are to be sent from now on."""
+        self._remaining, self._at_sync = remaining, self.counters()
 
     def expect(self, *, dirty_rate: float, downtime: float | None, throttle: int) -> None:
         """What is expected: bytes written a second, seconds of downtime, percent of throttling."""

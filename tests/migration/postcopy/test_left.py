@@ -59,6 +59,7 @@ def test_every_unit_is_sent_at_most_once_and_all_content_is(
 ) -> None:
     blocks = [block(f"block{i}", content) for i, content in enumerate(contents)]
     left = Left(blocks)
+    assert left.remaining == sum(map(sum, contents)) * PAGE
     place = st.integers(0, len(blocks) - 1).flatmap(
         lambda n: st.tuples(st.just(n), st.integers(0, len(contents[n]) - 1))
     )
@@ -82,6 +83,7 @@ def test_every_unit_is_sent_at_most_once_and_all_content_is(
     else:
         pytest.fail("there is no end")
     assert len(sent) == len(set(sent))
+    assert left.remaining == 0
     full = {(f"block{i}", j) for i, c in enumerate(contents) for j, has in enumerate(c) if has}
     assert full | asked <= set(sent)
 

@@ -134,6 +134,17 @@ class Left:
         self._at, self._unit = number, units.stop
         return asked
 
+    @property
+    def remaining(self) -> int:
+        """Bytes that were not sent, of memory that may hold anything.  Looks at all of it."""
+        total = 0
+        for block in self._blocks:
+            unit = 0
+            while (found := block.data_from(unit)) is not None:
+                start, unit = found
+                total += int(np.count_nonzero(~block.sent[start:unit])) * block.unit
+        return total
+
     def again(self) -> None:
         """What was sent did not all arrive, and what did is noted: go over all of it once more."""
         self._urgent.clear()

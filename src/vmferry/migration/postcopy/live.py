@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from vmferry.errors import ChannelClosed, InDoubt, PeerError, Refused, VmferryError
 from vmferry.faults import reach
@@ -53,6 +55,9 @@ class Lead(Protocol):
     def gone(self) -> None:
         """The machine is the destination's, and runs there: its downtime is over."""
 
+    def remains(self, size: int) -> None:
+        """So many bytes are to be sent now."""
+
     def paused(self, error: VmferryError) -> None:
         """The connection is lost, and the machine waits there for memory."""
 
@@ -82,13 +87,15 @@ class LiveStore:
     def data_from(self, offset: int) -> tuple[int, int] | None:
         """See :class:`~.left.LazyStore`; what never had memory is zero."""
         first = offset // PAGE_SIZE
-        some = self._known[first:] != 0
-        if not some.any():
+        starts, ends = self._stretches
+        at = int(np.searchsorted(ends, first, "right"))
+        if at == len(ends):
             return None
-        start = first + int(some.argmax())
-        none = self._known[start:] == 0
-        end = start + (int(none.argmax()) if none.any() else len(none))
-        return start * PAGE_SIZE, end * PAGE_SIZE
+        return max(int(starts[at]), first) * PAGE_SIZE, int(ends[at]) * PAGE_SIZE
+
+    @cached_property
+    def _stretches(self) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        return spans(self._known != 0)
 
 
 def left_of(blocks: Sequence[DirtyBlock], ahead: Sequence[Block] = ()) -> list[Block]:
@@ -252,6 +259,7 @@ class Follow:
             self._go_on(error)
         else:
             self._lead.gone()
+            self._lead.remains(server.left.remaining)
             self._meter.phase("postcopy-active")
         while True:
             try:
@@ -296,6 +304,7 @@ class Follow:
             except VmferryError as again:
                 error = again
                 continue
+            self._lead.remains(self._server.left.remaining)
             self._lead.resumed()
             self._meter.phase("postcopy-active")
             return

@@ -305,12 +305,12 @@ class PageServer:
     def _send_run(self, run: Run, channel: Channel, records: Records, *, asked: bool) -> int:
         """Send it; how many bytes that took."""
         parts, pages = records.of(run, asked=asked)
-        if not parts:
-            return 0
-        self._write(channel, parts)
+        if parts:
+            self._write(channel, parts)
         self.service.pages += pages
         size = sum(map(len, parts))
-        self._meter.count(transferred=size, normal=pages)
+        zero = run.count * run.block.unit // self._ram.page_size - pages
+        self._meter.count(transferred=size, normal=pages, zero=zero)
         self._meter.tick()
         return size
 
