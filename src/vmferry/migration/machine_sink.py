@@ -56,8 +56,11 @@ class MachineSink:
         self._configuration = configuration, page_size
 
     def mark(self, received: Mapping[str, npt.NDArray[np.uint8]]) -> None:
-        """Mark the pages that come, in an array for each block."""
-        self._received = received
+        """Mark the pages that come behind the next list of blocks, in an array for each.
+
+        Those from before are let go of, and the blocks with them: no pages come any more.
+        """
+        self._received, self._blocks = received, {}
 
     def _check_configuration(self) -> None:
         configuration, page_size = self._configuration

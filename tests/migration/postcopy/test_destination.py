@@ -100,9 +100,22 @@ class Waiting(Hosted):
         (found,) = pagers(self._process.pid)
         return found
 
+    def descriptors(self) -> dict[int, str]:
+        """What the process has open, by number, as far as it still is."""
+        found = {}
+        for link in Path(f"/proc/{self._process.pid}/fd").iterdir():
+            with suppress(OSError):
+                found[int(link.name)] = str(link.readlink())
+        return found
+
+    def holds_nothing_more(self, before: dict[int, str]) -> None:
+        """Neither descriptors nor a pager are left of a migration."""
+        wait_until(lambda: sorted(self.descriptors().values()) == sorted(before.values()), LONG)
+        assert not pagers(self._process.pid)
+
     def free_descriptor(self) -> int:
         """The number of the next descriptor that the process opens."""
-        taken = {int(found.name) for found in Path(f"/proc/{self._process.pid}/fd").iterdir()}
+        taken = self.descriptors()
         return next(number for number in count() if number not in taken)
 
     def limit_descriptors(self, most: int) -> int:
@@ -171,6 +184,7 @@ def test_thread_that_holds_the_interpreter_lock_gets_its_page(
     there: Waiting, checkpoint: vmferry.Checkpoint
 ) -> None:
     """The pager asks for it, and puts it there, while no Python runs in the machine's process."""
+    before = there.descriptors()
     with Scripted(checkpoint, there.listen()) as source:
         source.begin()
         source.package()
@@ -182,6 +196,7 @@ def test_thread_that_holds_the_interpreter_lock_gets_its_page(
         source.end()
         source.hear(lambda message: message == Shut(0))
     there.is_whole()
+    there.holds_nothing_more(before)
 
 
 class Elsewhere:
@@ -372,6 +387,7 @@ def test_postcopy_is_refused_from_the_beginning_where_it_is_off(
 def test_devices_that_do_not_fit_leave_the_machine_to_its_source(
     there: Waiting, checkpoint: vmferry.Checkpoint, devices: bytes
 ) -> None:
+    before = there.descriptors()
     with Scripted(checkpoint, there.listen()) as source:
         source.begin()
         try:
@@ -381,6 +397,7 @@ def test_devices_that_do_not_fit_leave_the_machine_to_its_source(
             assert not devices.startswith(b"\4")
     assert there.wait_for("completed", "failed") == "failed"
     assert there.run_state == "inmigrate"
+    there.holds_nothing_more(before)
 
 
 # Between two engines of this kind

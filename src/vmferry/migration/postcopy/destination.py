@@ -426,6 +426,8 @@ class PostcopyDestination:
         if self._faults < 0:
             self._end_faults()
         self._drop_channels()
+        self._received = {}
+        self._mark(self._received)  # they are mapped, and that keeps their descriptor
         if self._listener is not None:
             self._listener.close()
         self._cleanup.close()
