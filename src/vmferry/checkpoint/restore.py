@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -51,7 +51,7 @@ class Restored:
     requests: int
     late: int
     pages: int
-    took: list[float]
+    took: Sequence[float]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``json.dumps``; times in milliseconds and microseconds, as named."""
@@ -142,7 +142,8 @@ class Restore:
         finally:
             self._done = True
             if self._learn and source.service.loaded is not None:
-                asked = [(n, unit * per_unit[n]) for n, unit, _ in source.service.asked]
+                found = iter(source.service.asked)
+                asked = [(n, unit * per_unit[n]) for n, unit in zip(found, found, strict=True)]
                 working_set.write(self._checkpoint.path, known.after(asked, held))
         return self._restored(source.service, time.time() - began, began, waiting)
 

@@ -16,6 +16,7 @@ import pytest
 from tests.migration.machines import PAGE_SIZE, Memory, Resting, noise
 from tests.transports.support import PROMPT, background, wait_until
 from vmferry.errors import ChannelClosed, PeerError, PeerSilent, Refused, StreamError, VmferryError
+from vmferry.migration.postcopy import server as postcopy_server
 from vmferry.migration.postcopy.left import Block
 from vmferry.migration.postcopy.server import PageServer, RamFormat, Service
 from vmferry.migration.postcopy.source import LazyOptions, LazySource, Paused
@@ -200,7 +201,24 @@ def test_flood_of_requests_is_bounded(tmp_path: Path) -> None:
         peer.say(Shut(0))
         running.result(PROMPT)
         assert len(peer.places) == PAGES
-        assert len(source.service.asked) <= PAGES
+        assert len(source.service.asked) <= 2 * PAGES
+
+
+def test_what_is_kept_of_requests_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of any size may ask for every page of it."""
+    monkeypatch.setattr(postcopy_server, "MOST_ASKED", 100)
+    with serving(tmp_path, bandwidth=1.0) as (peer, source, running):
+        peer.start()
+        for page in range(PAGES):
+            peer.say(ask(page))
+        peer.say(LOADED)
+        wait_until(lambda: EndOfStream in peer.kinds)
+        peer.say(Shut(0))
+        running.result(PROMPT)
+        assert list(source.service.asked[1:200:2]) == list(range(100))
+        assert len(source.service.asked) == 200
 
 
 def test_destination_that_asks_on_and_on_and_does_not_load(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ the rest: a request waits for nothing but what is in the socket already, and tha
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 from vmferry.errors import (
@@ -55,6 +57,9 @@ from .records import ROOM, Records
 LOADED: Final = 3
 """The ping inside the package: its answer says that all devices are loaded."""
 
+MOST_ASKED: Final = 1 << 20
+"""Pages of which it is kept that they were asked for: those of 4 GiB."""
+
 _LOOK: Final = 0.1
 """Seconds between two looks at whether it was given up, or a limit was changed."""
 
@@ -69,16 +74,17 @@ _KEEP: Final = 64 << 10
 class Service:
     """What was asked for and how fast it was answered; times in seconds since the connection.
 
-    ``asked`` has block number, unit and time of each page that was asked for and not sent before.
-    ``loaded`` is when the destination said that all devices are loaded, after which it runs.
+    ``asked`` has block number and unit of each page that was asked for and not sent before, one
+    behind the other, up to :data:`MOST_ASKED` of them.  ``loaded`` is when the destination said
+    that all devices are loaded, after which it runs.
     """
 
     requests: int = 0
     late: int = 0
     pages: int = 0
     loaded: float | None = None
-    asked: list[tuple[int, int, float]] = field(default_factory=list)
-    took: list[float] = field(default_factory=list)
+    asked: array[int] = field(default_factory=lambda: array("Q"))
+    took: array[float] = field(default_factory=lambda: array("d"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,9 +344,9 @@ class PageServer:
             case RequestPages(start, length, block):
                 service.requests += 1
                 asked = self.left.ask(block, start, length)
-                at = time.perf_counter() - self._began
                 service.late += not asked
-                service.asked += [(number, unit, at) for number, unit in asked]
+                if len(service.asked) < 2 * MOST_ASKED:
+                    service.asked.extend(chain.from_iterable(asked))
             case Pong(value) if value == LOADED and service.loaded is None:
                 service.loaded = time.perf_counter() - self._began
                 self._loaded()
