@@ -18,7 +18,7 @@ import pytest
 from tests.images.support import children, on_small_file_system
 from tests.migration.test_disks import LONG
 from tests.transports.support import wait_until
-from vmferry.errors import StorageError
+from vmferry.errors import StorageError, UsageError
 from vmferry.images import open_image
 from vmferry.machines import DiskConfig, GuestConfig, MachineConfig
 from vmferry.machines.config import OwnershipConfig
@@ -257,6 +257,32 @@ def test_image_that_the_source_has_after_all_is_not_written(moves: Moves) -> Non
     for image in here.machine.images:
         image.inactivate()
     assert journal(machine) > 0
+
+
+def test_machine_with_a_record_of_its_owner_takes_its_disks_along(moves: Moves) -> None:
+    record = OwnershipConfig(store=f"file:{moves.path}/owner")
+    left, machine = (replace(config(moves.path, n), ownership=record) for n in ("left", "right"))
+    fill(left, 5)
+    here = moves.running(left, "block")
+    there, address = moves.waiting(machine, "block")
+    moved(here, there, address)
+    assert here.control.query()["x-vmferry-ownership"] == "gone"
+    there.console.wait_beat()
+    there.control.stop()
+    for image in there.machine.images:
+        image.inactivate()
+    assert contents(left)[1] == contents(machine)[1]
+
+
+def test_record_beside_an_image_does_not_go_with_it(moves: Moves) -> None:
+    """The other side would look for it beside an image of its own, when all has been sent."""
+    left, machine = (replace(config(moves.path, n), ownership=None) for n in ("left", "right"))
+    here = moves.running(left, "block")
+    with pytest.raises(UsageError, match="cannot be beside one"):
+        here.control.migrate(f"unix:{moves.path}/nobody")
+    goes_on(here)
+    with pytest.raises(UsageError, match="cannot be beside one"):
+        moves.waiting(machine, "block")
 
 
 def test_image_that_cannot_be_written_is_refused(moves: Moves) -> None:

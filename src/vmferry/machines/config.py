@@ -39,7 +39,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from vmferry.errors import StorageError, UsageError
-from vmferry.ownership.store import open_store
+from vmferry.ownership.store import open_store, record_beside
 from vmferry.units import format_size, parse_rate, parse_size
 
 PAGE: Final = 4096
@@ -133,7 +133,7 @@ class MachineConfig:
             return None if self.ownership.store == NOBODY else self.ownership.store
         for disk in self.disk:
             if not disk.read_only and not disk.file.startswith("nbd"):
-                return f"file:{disk.file}.owner"
+                return record_beside(disk.file)
         return None
 
     def __post_init__(self) -> None:

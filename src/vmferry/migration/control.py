@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 from vmferry.errors import ChannelClosed, PeerError, UsageError, VmferryError
 from vmferry.images import activate_all, inactivate_all
 from vmferry.ownership.engine import Ownership
+from vmferry.ownership.store import record_beside
 from vmferry.transports import Listener, connect, listen
 from vmferry.transports.uri import TcpAddress, UnixAddress, parse
 
@@ -198,6 +199,7 @@ class Control:
                 raise UsageError("the machine has not come yet: it is not here to be migrated")
             if self._given_away:
                 raise UsageError("the machine was given away: it is not here to be migrated")
+            self._check_record()
             track = self._new_track(SOURCE)
             statistics = Statistics(self._note)
             source = LiveSource(
@@ -213,6 +215,18 @@ class Control:
             )
             self._source, self._statistics, self._destination = source, statistics, None
             self._begin(track, lambda: self._run_source(source))
+
+    def _check_record(self) -> None:
+        """Refuse to move disks whose sides cannot have the same record; found late otherwise."""
+        if self._ownership is None or Capability.BLOCK not in self.capabilities:
+            return
+        record = self._ownership.store.uri
+        if record in {record_beside(image.name) for image in self.machine.images}:
+            raise UsageError(
+                f"{record}: with block each side has images of its own, and the record of who owns"
+                " the machine cannot be beside one: let [ownership] name a place that both sides"
+                ' reach, or store = "none"'
+            )
 
     def _connect(self, uri: str) -> Connect:
         return lambda given_up: connect(
@@ -239,6 +253,7 @@ class Control:
         with self._lock:
             if self.machine.running or self._track.current != Status.NONE:
                 raise UsageError("only a machine that has not run yet can be loaded")
+            self._check_record()
             now = self.parameters
             listener = listen(uri)
             with_disks = Capability.BLOCK in self.capabilities

@@ -71,6 +71,11 @@ class Store(Protocol):
         """Say that the engine *name* has ended."""
 
 
+def record_beside(image: str) -> str:
+    """The URI of the record that is kept beside an image, if nothing else is said."""
+    return f"file:{image}.owner"
+
+
 def open_store(uri: str) -> Store:
     """The store that *uri* names: ``file:PATH``, or ``etcd://HOST:PORT/KEY`` (``?term=SECONDS``).
 
