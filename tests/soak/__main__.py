@@ -1,9 +1,11 @@
 """``make soak``: 200 moves on KVM where there is one, and 200 on the Unicorn emulator.
 
-And on each half as many by postcopy, where the connection and the pager are lost by chance.
+And on each half as many by postcopy, where the connection and the pager are lost by chance; and
+half as many of a guest that keeps its journal on a shared raw image, and on a shared qcow2 image.
+After each move the image is checked, and the journal read, by QEMU.
 
-``SOAK_MOVES`` is another number, ``SOAK_KINDS`` other kinds of machines (``auto unicorn mixed``),
-``SOAK_SEED`` makes the same choices again.
+``SOAK_MOVES`` is another number, ``SOAK_KINDS`` other kinds of machines (``auto unicorn mixed``)
+and images (``raw qcow2``), ``SOAK_SEED`` makes the same choices again.
 """
 
 from __future__ import annotations
@@ -26,17 +28,23 @@ from vmferry.machines import usable_kind
 _LEAST, _MOST = 5, 25
 """Moves of one guest."""
 
+_IMAGES = frozenset({"raw", "qcow2"})
+"""Formats of a shared image, in the place of a kind of machine."""
+
 
 def main() -> int:
     """Run it all; the exit status is 0 if nothing was found."""
     seed = os.environ.get("SOAK_SEED") or secrets.token_hex(4)
     moves = int(os.environ.get("SOAK_MOVES") or 200)
-    for kind in (os.environ.get("SOAK_KINDS") or "auto unicorn").split():
+    for kind in (os.environ.get("SOAK_KINDS") or "auto unicorn raw qcow2").split():
         print(f"SOAK_SEED={seed} SOAK_MOVES={moves} SOAK_KINDS={kind}", flush=True)
         began = time.monotonic()
-        found = soak(seed, moves, kind)
+        is_image = kind in _IMAGES
+        found = soak(seed, moves // 2 if is_image else moves, kind)
         told = ", ".join(f"{count} {status}" for status, count in sorted(found.items()))
         print(f"{kind}: {told}, nothing wrong, in {time.monotonic() - began:.0f} s", flush=True)
+        if is_image:
+            continue
         began = time.monotonic()
         losses = restore_lazily(seed, moves // 2, kind)
         took = f"{time.monotonic() - began:.0f} s"
@@ -47,13 +55,15 @@ def main() -> int:
 def soak(seed: str, moves: int, kind: str) -> Counter[str]:
     """Move guests until *moves* have arrived; how many attempts ended how."""
     found: Counter[str] = Counter()
-    journey = arrived = 0
+    number = arrived = 0
     while arrived < moves:
-        journey += 1
-        rng = Random(f"{seed} {kind} {journey}")
+        number += 1
+        rng = Random(f"{seed} {kind} {number}")
         goal = min(arrived + rng.randint(_LEAST, _MOST), moves)
         with tempfile.TemporaryDirectory(prefix="vmferry-soak-") as directory:
-            arrived = _travel(Journey(rng, kind, Path(directory)), found, arrived, goal)
+            host, form = ("auto", kind) if kind in _IMAGES else (kind, None)
+            journey = Journey(rng, host, Path(directory), form=form)
+            arrived = _travel(journey, found, arrived, goal)
     return found
 
 

@@ -56,11 +56,16 @@ def machine(rng: Random, kind: str) -> MachineConfig:
     )
 
 
-def choose(rng: Random, *, may_cancel: bool, has_pair: bool) -> Choice:
-    """An attempt; *has_pair* says whether both sides have an end of a socket pair."""
-    transports = ["unix", "unix", "unix", "tcp", "tcp", "file", "exec", *["fd"] * has_pair]
-    transport = rng.choice(transports)
+def choose(rng: Random, *, may_cancel: bool, has_pair: bool, has_record: bool) -> Choice:
+    """An attempt; *has_pair* says whether both sides have an end of a socket pair.
+
+    With *has_record*, of who owns the machine, the destination has to be able to answer.
+    """
+    one_way = [] if has_record else sorted(_ONE_WAY)
+    transport = rng.choice(["unix", "unix", "unix", "tcp", "tcp", *one_way, *["fd"] * has_pair])
     capabilities = _capabilities(rng, transport)
+    if has_record:
+        capabilities["return-path"] = True
     cancels = may_cancel and rng.random() < 0.3
     refuses = cancels and capabilities["pause-before-switchover"]
     parameters = _parameters(rng, capabilities)

@@ -17,7 +17,6 @@ from typing import Any, Final, Self
 from tests.soak.choices import Choice, choose, machine
 from vmferry.demo import unbroken
 from vmferry.errors import PeerError, TransportError
-from vmferry.images import open_image
 from vmferry.machines import DiskConfig
 from vmferry.machines.guest.console import Heartbeat
 from vmferry.machines.guest.journal import read_journal
@@ -81,10 +80,20 @@ class Move:
 class Journey:
     """A guest made and moved by chance, inside a ``with`` block; it runs at first.
 
-    *kind* is that of every host, or ``mixed`` for one of KVM and Unicorn each time.
+    *kind* is that of every host, or ``mixed`` for one of KVM and Unicorn each time.  *form* is the
+    format of the image that it has its journal on; if it is not given, chance says, also whether
+    there is one.
     """
 
-    def __init__(self, rng: Random, kind: str, directory: Path, *, may_cancel: bool = True) -> None:
+    def __init__(
+        self,
+        rng: Random,
+        kind: str,
+        directory: Path,
+        *,
+        form: str | None = None,
+        may_cancel: bool = True,
+    ) -> None:
         self._rng = rng
         self._directory = directory
         self._may_cancel = may_cancel
@@ -93,7 +102,7 @@ class Journey:
         self._cleanup = ExitStack()
         self._said = b""
         self._kinds = ["kvm", "unicorn"] if kind == "mixed" else [kind]
-        self.config = replace(machine(rng, self._kinds[0]), disk=self._disk())
+        self.config = replace(machine(rng, self._kinds[0]), disk=self._disk(form))
 
     def __enter__(self) -> Self:
         with self._cleanup as cleanup:
@@ -115,12 +124,17 @@ class Journey:
         """Attempts without end; each that has moved the machine is followed by a look at it."""
         while True:
             has_pair = self._next.number == self._here.number + 1
-            choice = choose(self._rng, may_cancel=self._may_cancel, has_pair=has_pair)
+            choice = choose(
+                self._rng,
+                may_cancel=self._may_cancel,
+                has_pair=has_pair,
+                has_record=self.config.owner_store is not None,
+            )
             yield self._attempt(choice)
 
-    def _disk(self) -> tuple[DiskConfig, ...]:
+    def _disk(self, form: str | None) -> tuple[DiskConfig, ...]:
         """An image that all the processes share, or none."""
-        kind = self._rng.choice(["raw", "qcow2", ""])
+        kind = form or self._rng.choice(["raw", "qcow2", ""])
         if not kind:
             return ()
         image = self._directory / f"disk.{kind}"
@@ -131,9 +145,14 @@ class Journey:
         """Look at all there is; the number of heartbeats."""
         self._look(self._here)
         self._leave(self._here)
-        heartbeats = len(unbroken(self._said))
+        return self._check_journal()
+
+    def _check_journal(self, *more: Station) -> int:
+        """Hold what is on the disk against what was said, also by *more*; how often."""
+        said = self._said + b"".join(bytes(station.process.said) for station in more)
+        heartbeats = len(unbroken(said))
         for disk in self.config.disk:
-            last = _last_record(disk)
+            last = _last_record(disk, self._directory / "content")
             assert heartbeats - 3 <= last + 1 <= heartbeats, f"{last}, {heartbeats} heartbeats"
         return heartbeats
 
@@ -249,11 +268,14 @@ class Journey:
         _wait(lambda: console.count >= 2, lambda: f"{console.count} heartbeats")
         stood_still = console.beats[-1].stood_still(before) / 1e9
         assert console.beats[-1].time > before.time
-        if self._rng.random() < 0.5:
-            self._look(there)
-            there.process.qmp.execute("cont")
         here.process.check()
         self._leave(here)
+        if self._rng.random() < 0.5:
+            self._look(there)
+        else:
+            there.process.qmp.execute("stop")
+        self._check_journal(there)
+        there.process.qmp.execute("cont")
         self._here, self._next = there, self._start()
         return None if choice.is_stopped else stood_still
 
@@ -285,14 +307,16 @@ class Journey:
         station.process.check()
 
 
-def _last_record(disk: DiskConfig) -> int:
-    """The last record of the journal, by a reader of its own; fails for a fault."""
+def _last_record(disk: DiskConfig, content: Path) -> int:
+    """The last record of the journal, which QEMU reads into *content*; fails for a fault.
+
+    The image may be in use: its machine stands still.
+    """
+    image = ["-U", "-f", disk.format, disk.file]
     if disk.format != "raw":
-        subprocess.run(["qemu-img", "check", "-q", disk.file], check=True)
-    with open_image(disk.file, active=True, format=disk.format, read_only=True) as image:
-        data = bytearray(image.size)
-        image.read(0, data)
-    found = read_journal(data)
+        subprocess.run(["qemu-img", "check", "-q", *image], check=True)
+    subprocess.run(["qemu-img", "convert", "-O", "raw", *image, content], check=True)
+    found = read_journal(content.read_bytes())
     assert not found.faults, found.faults
     return found.last
 
