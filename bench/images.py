@@ -1,4 +1,7 @@
-"""Disk images: a copy beside ``cp``, and how long nobody has an image that changes sides."""
+"""Disk images: copies beside ``cp``, within a migration too, and how long nobody has an image.
+
+That is while it changes sides.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,33 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.live import ours
+from bench.machines import Guest
 from bench.measure import Row, Sample, Samples, Target, milliseconds, rate
 from bench.places import Places
 from vmferry.images import Image, open_image
+from vmferry.qemu import QemuProcess
 
 _PIECE = 256 << 10
+_TIMEOUT = 300.0
+_GUEST = Guest("disk", 16, pages=16)
 
 
 def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
     """Every row of this page."""
     directory = where.disk or where.work
-    size = (128 if quick else 1024) << 20
     source, target = directory / "source", directory / "target"
-    with source.open("wb") as file:
-        for _ in range(size >> 20):
-            file.write(os.urandom(1 << 20))
+    try:
+        yield from _copies(source, target, (128 if quick else 1024) << 20, rounds)
+        yield from _moves(source, target, (128 if quick else 2048) << 20, where, rounds)
+    finally:
+        source.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
+
+
+def _copies(source: Path, target: Path, size: int, rounds: int) -> Iterator[Row]:
+    _fill(source, size, size)
+    directory = source.parent
     samples = Samples(
         {
             "cp": lambda: _cp(source, target, size),
@@ -42,15 +57,95 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
         figure = milliseconds("seconds")
         goal = Target(most, most=True)
         yield samples.row(f"images/handover/{form}", name, "ms", form, figure, goal)
-    source.unlink()
-    target.unlink(missing_ok=True)
+
+
+def _moves(source: Path, target: Path, size: int, where: Places, rounds: int) -> Iterator[Row]:
+    """A raw image that moves with its machine; every other 64 MiB of it is a hole."""
+    _fill(source, size, 64 << 20)
+    samples = Samples(
+        {
+            "cp": lambda: _cp(source, target, size),
+            "ours": lambda: _with_ours(source, target, size, where.work),
+            "qemu": lambda: _with_qemu(source, target, size, where.work),
+        },
+        rounds,
+        before=lambda: _empty(target, size),
+    )
+    what = f"raw image of {size >> 20} MiB, half of it holes, within a migration, durable"
+    yield samples.row("images/move", what, "GB/s", "ours", rate)
+    yield samples.row("images/move/qemu", "QEMU to QEMU, the same image", "GB/s", "qemu", rate)
+    yield samples.row("images/move/cp", "cp and fsync of it", "GB/s", "cp", rate)
+    name = "within a migration, against"
+    yield samples.ratio("images/move/of-cp", f"{name} cp", "ours", "cp", rate, Target(0.7))
+    yield samples.ratio("images/move/of-qemu", f"{name} QEMU", "ours", "qemu", rate, Target(2))
+    figure = milliseconds("downtime")
+    yield samples.row("images/move/downtime", "meanwhile: downtime", "ms", "ours", figure)
+    most = Target(64, most=True)
+    name = "meanwhile: memory of either side at most"
+    yield samples.row("images/move/memory", name, "MiB", "ours", _mebibytes, most)
+
+
+def _fill(path: Path, size: int, run: int) -> None:
+    """*size* bytes, of which every other *run* has noise; all of it if there is only one."""
+    with path.open("wb") as file:
+        file.truncate(size)
+        for start in range(0, size, 2 * run):
+            file.seek(start)
+            for _ in range(run >> 20):
+                file.write(os.urandom(1 << 20))
+
+
+def _empty(path: Path, size: int) -> None:
+    path.unlink(missing_ok=True)
+    with path.open("wb") as file:
+        file.truncate(size)
+    os.sync()
+
+
+def _mebibytes(sample: Sample) -> float:
+    return sample["anonymous"] / (1 << 20)
+
+
+def _with_ours(source: Path, target: Path, size: int, where: Path) -> Sample:
+    with (
+        ours(_GUEST, where, "disk-here", disk=source) as here,
+        ours(_GUEST, where, "disk-there", disk=target, uri="defer") as there,
+    ):
+        sample = here.with_disk(f"unix:{where}/disks", there)
+        return {**sample, "seconds": sample["seconds"] + _flush(target), "bytes": size}
+
+
+def _with_qemu(source: Path, target: Path, size: int, where: Path) -> Sample:
+    machine = ["-machine", "pc,accel=tcg", "-nodefaults", "-m", "16"]
+    drive = "if=virtio,id=disk0,format=raw,discard=unmap,file="
+    uri = f"unix:{where}/disks"
+    with (
+        QemuProcess([*machine, "-drive", f"{drive}{source}"]) as here,
+        QemuProcess([*machine, "-drive", f"{drive}{target}", "-incoming", "defer"]) as there,
+    ):
+        there.incoming(uri, capabilities=("block", "zero-blocks"))
+        states = [{"capability": name, "state": True} for name in ("block", "zero-blocks")]
+        here.execute("migrate-set-capabilities", {"capabilities": states})
+        here.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+        here.execute("migrate", {"uri": uri})
+        answer = here.wait_migration(timeout=_TIMEOUT)
+        there.wait_migration(timeout=_TIMEOUT)
+        answer = here.execute("query-migrate")  # with the time that it took
+        return {"seconds": answer["total-time"] / 1e3 + _flush(target), "bytes": size}
+
+
+def _flush(path: Path) -> float:
+    """How many seconds it takes until what was written to *path* is durable."""
+    start = time.perf_counter()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return time.perf_counter() - start
 
 
 def _cp(source: Path, target: Path, size: int) -> Sample:
     start = time.perf_counter()
     subprocess.run(["cp", source, target], check=True)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
+    _flush(target)
     return {"seconds": time.perf_counter() - start, "bytes": size}
 
 
