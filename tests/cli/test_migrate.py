@@ -107,6 +107,7 @@ def test_machine_goes_before_its_memory(
         (["--postcopy", "--no-watch"], "has to watch"),
         (["--resume", "--postcopy"], "no other option"),
         (["--copy-storage"], "needs --destination-qmp"),
+        (["--incremental"], "is for --copy-storage and --capability block"),
         (["--destination-qmp", "x"], "is for --copy-storage, --capability block"),
     ],
 )

@@ -114,12 +114,15 @@ class Moves:
         self._stack = stack
         self._count = 0
 
-    def waiting(self, machine: MachineConfig, *capabilities: str) -> tuple[Host, str]:
+    def waiting(
+        self, machine: MachineConfig, *capabilities: str, incremental: bool = False
+    ) -> tuple[Host, str]:
         self._count += 1
         name = self.path / f"{self._count}"
         host = Host(machine, incoming="defer", monitor=f"{name}.qmp")
         self._stack.enter_context(host)
         host.control.set_capabilities(dict.fromkeys(capabilities, True))
+        host.control.set_parameters({"block-incremental": incremental})
         return host, host.control.incoming(f"unix:{name}")
 
     def running(self, machine: MachineConfig, *capabilities: str) -> Host:
@@ -206,6 +209,41 @@ def test_sparse_images_stay_sparse(moves: Moves, kind: str, capabilities: tuple[
     assert taken[1] < taken[0] + 4 * MIB
     wire = here.control.query()["ram"]["downtime-bytes"]
     assert wire < 64 * MIB
+
+
+def overlay(path: Path, name: str) -> MachineConfig:
+    """Above a backing file that all share, with noise in it; its end is within a chunk."""
+    machine = config(path, name, "qcow2")
+    base = path / "base.qcow2"
+    if not base.exists():
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", str(base), str(SIZES[1])]
+        subprocess.run(command, check=True)
+        with open_image(base, active=True, format="qcow2") as image:
+            image.write(0, random.Random(2).randbytes(8 * MIB))  # noqa: S311
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2"]
+    subprocess.run([*command, machine.disk[1].file], check=True)
+    return machine
+
+
+def test_only_what_lies_above_a_backing_file_is_sent(moves: Moves) -> None:
+    left, machine = (overlay(moves.path, name) for name in ("left", "right"))
+    with open_image(left.disk[1].file, active=True, format="qcow2") as image:
+        image.write(5 * MIB + 512, b"above" * 1000)
+        image.write_zeroes(2 * MIB, 65536)
+    here = moves.running(left, "block", "zero-blocks")
+    here.control.set_parameters({"block-incremental": True})
+    there, address = moves.waiting(machine, "block")
+    assert "needs the parameter block-incremental here as well" in refused(here, there, address)
+    there, address = moves.waiting(machine, "block", incremental=True)
+    moved(here, there, address)
+    there.control.stop()
+    for image in there.machine.images:
+        image.inactivate()
+    assert contents(left)[1] == contents(machine)[1]
+    with open_image(machine.disk[1].file, active=True, format="qcow2") as image:
+        own = [(extent.offset // MIB, extent.length) for extent in image.allocated(own=True)]
+    assert {chunk for chunk, _ in own} == {2, 5}
+    assert sum(length for _, length in own) < 3 * MIB
 
 
 def goes_on(here: Host) -> None:

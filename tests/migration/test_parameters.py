@@ -86,7 +86,7 @@ def test_changes_are_by_qemus_names() -> None:
         ("idle_deadline", 5, 'no migration parameter "idle-deadline"; did you mean x-vmferry-idle'),
         ("announce_rounds", 4, "announce-rounds is not supported by vmferry (yet): it stays 5, no"),
         ("tls_creds", "tls0", "tls-creds is not supported by vmferry (yet): it stays '', not 'tls"),
-        ("block_incremental", 0, "block-incremental is not supported by vmferry (yet): it stays F"),
+        ("block_incremental", 0, "block-incremental is true or false, not 0"),
     ],
 )
 def test_refusals_say_what_may_be(name: str, value: object, text: str) -> None:

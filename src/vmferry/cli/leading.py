@@ -48,6 +48,11 @@ class Wanted:
         following = postcopy(preempt=preempt) if self.postcopy is not None else []
         return [*following, *([BLOCK] if self.with_disks else [])]
 
+    @property
+    def of_both(self) -> dict[str, object]:
+        """The parameters that count on both sides."""
+        return {"block-incremental": True} if self.with_disks and self.incremental else {}
+
     def wrong(self) -> str:
         """What does not go together; nothing if all does."""
         if self.copy_storage and self.destination is None:
@@ -66,6 +71,11 @@ class Wanted:
         if not self.watch and (self.copy_storage or self.postcopy):
             what = "--copy-storage" if self.copy_storage else "postcopy"
             return f"{what} has to watch the migration"
+        return self._wrong_alone()
+
+    def _wrong_alone(self) -> str:
+        if self.incremental and not (self.copy_storage or self.with_disks):
+            return "--incremental is for --copy-storage and --capability block"
         return ""
 
 
@@ -88,11 +98,13 @@ def carried_out(wanted: Wanted, report: Reporter[Any], control: Work) -> Migrati
         else:
             if wanted.destination is not None:
                 other = stack.enter_context(Qmp.connect(wanted.destination))
-                WaitingQemu(other).listen(wanted.uri, wanted.of_destination)
+                WaitingQemu(other).listen(
+                    wanted.uri, wanted.of_destination, parameters=wanted.of_both
+                )
             migration.begin(
                 wanted.uri,
                 capabilities=wanted.capabilities,
-                parameters=wanted.parameters,
+                parameters={**wanted.parameters, **wanted.of_both},
                 postcopy=wanted.postcopy,
             )
         return migration.wait(seen) if wanted.watch else migration.look()

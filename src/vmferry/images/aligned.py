@@ -99,10 +99,10 @@ class AlignedAccess:
             )
         self._inner.resize(size)
 
-    def extents(self, offset: int, length: int) -> Sequence[Extent]:
+    def extents(self, offset: int, length: int, *, own: bool = False) -> Sequence[Extent]:
         """See :meth:`Access.extents`."""
         start, end = self._down(offset), self._up(offset + length)
-        found = self._inner.extents(start, end - start)
+        found = self._inner.extents(start, end - start, own=own)
         clipped = (
             Extent(low, min(extent.end, offset + length) - low, data=extent.data)
             for extent in found

@@ -128,9 +128,9 @@ class _DaemonAccess:
     def resize(self, size: int) -> None:
         self._export.resize(size)
 
-    def extents(self, offset: int, length: int) -> Sequence[Extent]:
+    def extents(self, offset: int, length: int, *, own: bool = False) -> Sequence[Extent]:
         with self._explained():
-            return self._export.extents(offset, length)
+            return self._export.extents(offset, length, own=own)
 
     def close(self) -> None:
         """End the daemon, and see whether it wrote all that it had to."""
@@ -163,7 +163,13 @@ def _start(name: str, node: dict[str, object], *, writable: bool) -> tuple[_Proc
             f"{name}: a {node['driver']} image needs {missing}, which cannot be found; it comes "
             "with QEMU (Debian: qemu-system-common)"
         )
-    export = {"type": "nbd", "id": _EXPORT, "node-name": _EXPORT, "writable": writable}
+    export = {
+        "type": "nbd",
+        "id": _EXPORT,
+        "node-name": _EXPORT,
+        "writable": writable,
+        "allocation-depth": True,
+    }
     with ExitStack() as undo:
         listener = undo.enter_context(socket.socket(socket.AF_UNIX))
         connection = socket.socket(socket.AF_UNIX)

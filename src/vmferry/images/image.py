@@ -82,10 +82,13 @@ class Image(Protocol):
     def resize(self, size: int) -> None:
         """Make it *size* bytes long; what is added is zeroes."""
 
-    def allocated(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+    def allocated(
+        self, offset: int = 0, length: int | None = None, *, own: bool = False
+    ) -> Iterator[Extent]:
         """Where there may be anything but zeroes, ascending; *length* up to the end if not given.
 
-        What is written meanwhile may be in it or not.
+        With *own* it is where the image has anything itself, zeroes too, in the place of what its
+        backing file has.  What is written meanwhile may be in it or not.
         """
 
     def log_changes(self) -> ChangeLog:

@@ -155,8 +155,10 @@ class RawAccess:
             os.ftruncate(self._fd, size)
         self.size = size
 
-    def extents(self, offset: int, length: int) -> list[Extent]:
+    def extents(self, offset: int, length: int, *, own: bool = False) -> list[Extent]:
         """See :meth:`Access.extents`."""
+        if own:  # there is nothing behind it
+            return [Extent(offset, length)]
         end = offset + length
         start = min(holes.next_data(self._fd, offset), end)
         extents = [Extent(offset, start - offset, data=False)] if start > offset else []

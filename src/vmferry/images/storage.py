@@ -40,8 +40,11 @@ class Access(Protocol):
     def resize(self, size: int) -> None:
         """See :meth:`Image.resize`."""
 
-    def extents(self, offset: int, length: int) -> Sequence[Extent]:
-        """What is data and what is not, without a gap from *offset* on; the end may be missing."""
+    def extents(self, offset: int, length: int, *, own: bool = False) -> Sequence[Extent]:
+        """What is data and what is not, without a gap from *offset* on; the end may be missing.
+
+        With *own* data is what stands in the image itself, zeroes too, and not behind it.
+        """
 
     def close(self) -> None:
         """Write what the format writes at its end, and let everything go, even if that fails.

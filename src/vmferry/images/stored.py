@@ -101,13 +101,15 @@ class StoredImage:
             access.resize(size)
             self._size = access.size
 
-    def allocated(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+    def allocated(
+        self, offset: int = 0, length: int | None = None, *, own: bool = False
+    ) -> Iterator[Extent]:
         """See :meth:`Image.allocated`."""
         end = self._size if length is None else offset + length
         while offset < end:
             with self._gate.shared(), self._naming("looked through"), self._readable() as access:
                 self._spans(offset, end - offset)
-                extents = access.extents(offset, end - offset)
+                extents = access.extents(offset, end - offset, own=own)
             yield from (extent for extent in extents if extent.data)
             offset = extents[-1].end
 

@@ -257,7 +257,10 @@ class Control:
             now = self.parameters
             listener = listen(uri)
             with_disks = Capability.BLOCK in self.capabilities
-            disks = IncomingDisks(self.machine.images) if with_disks else None
+            incremental = now.block_incremental
+            disks = (
+                IncomingDisks(self.machine.images, incremental=incremental) if with_disks else None
+            )
             sink = MachineSink(self.machine, disks)
             meter = Meter(self._note)
             destination = Destination(

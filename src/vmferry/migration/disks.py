@@ -61,9 +61,9 @@ class _Disk:
         """Bytes of a chunk that are on the disk."""
         return min(CHUNK, self.image.size - number * CHUNK)
 
-    def has_data(self) -> Iterator[bool]:
-        """For each chunk, whether there may be anything but zeroes; nothing is looked up ahead."""
-        extents = self.image.allocated()
+    def has_data(self, *, own: bool) -> Iterator[bool]:
+        """For each chunk, whether any of it is allocated; nothing is looked up ahead."""
+        extents = self.image.allocated(own=own)
         extent = next(extents, None)
         for start in range(0, self.image.size, CHUNK):
             while extent is not None and extent.end <= start:
@@ -75,17 +75,26 @@ class LiveDisks:
     """The disks of a machine that runs, on those of *images* that can be written.
 
     Their changes are logged from now on, until *cleanup*.  With *zeroes* a chunk of zeroes is sent
-    as such, which takes 20 bytes, else whole.  Numbers are bytes of disks: ``total``, and ``done``
-    of what was sent, where a chunk counts as often as it is sent.
+    as such, which takes 20 bytes, else whole.  *incremental*: chunks in which an image has nothing
+    itself are not sent, as the other side has the same backing file.  Numbers are bytes of disks:
+    ``total``, and ``done`` of what was sent, where a chunk counts as often as it is sent.
     """
 
-    def __init__(self, images: Sequence[Image], cleanup: ExitStack, *, zeroes: bool) -> None:
+    def __init__(
+        self,
+        images: Sequence[Image],
+        cleanup: ExitStack,
+        *,
+        zeroes: bool,
+        incremental: bool = False,
+    ) -> None:
         self._disks = [
             _Disk(disk_name(number), image, cleanup.enter_context(image.log_changes()))
             for number, image in enumerate(images)
             if image.size and not image.read_only
         ]
         self._zeroes = zeroes
+        self._incremental = incremental
         self._buffer = memoryview(mmap(-1, CHUNK, MAP_PRIVATE | MAP_ANONYMOUS))
         self._first = 0
         self.total = self._left = sum(disk.image.size for disk in self._disks)
@@ -118,9 +127,12 @@ class LiveDisks:
             # Where the other side's image is too small, this is what shows it at once.
             last = disk.chunks - 1
             yield self._counted(disk, last, has_data=True)
-            for number, has_data in enumerate(disk.has_data()):
+            for number, has_data in enumerate(disk.has_data(own=self._incremental)):
                 if number < last:
-                    yield self._counted(disk, number, has_data=has_data)
+                    if has_data or not self._incremental:
+                        yield self._counted(disk, number, has_data=has_data)
+                    else:
+                        self._left -= CHUNK
                     if percent != (percent := 100 - 100 * self._left // self.total):
                         yield DiskProgress(percent)
 

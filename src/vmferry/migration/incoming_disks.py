@@ -38,11 +38,15 @@ class IncomingDisks:
     comes, all or none.  That takes their locks: an image that the source has after all is refused,
     and not written.  They stay active until the machine takes them over, or :meth:`let_go`.
 
+    *incremental*: the source leaves out what its images have from their backing files, which those
+    here have as well.
+
     What fails is a :class:`StorageError` with the image's name; what cannot be on them is refused
     as the stream's error.
     """
 
-    def __init__(self, images: Sequence[Image]) -> None:
+    def __init__(self, images: Sequence[Image], *, incremental: bool = False) -> None:
+        self._incremental = incremental
         self._images = {disk_name(number): image for number, image in enumerate(images)}
         self._wanted = {n: i for n, i in self._images.items() if i.size and not i.read_only}
         self._came = {
@@ -81,14 +85,18 @@ class IncomingDisks:
     def finish(self) -> None:
         """Everything has come: see that this is so, and make it durable."""
         for name, came in self._came.items():
-            if (missing := came.find(0)) >= 0:
-                if not self._has_begun:
-                    raise PeerError(
-                        "the source has not sent its disks: turn block on there as well, or off"
-                        " here where both sides share the images"
-                    )
+            if not self._has_begun:
+                raise PeerError(
+                    "the source has not sent its disks: turn block on there as well, or off here"
+                    " where both sides share the images"
+                )
+            if (missing := came.find(0)) >= 0 and not self._incremental:
                 raise StreamError(
-                    "all chunks of each disk", f"none at {missing * CHUNK:#x}", block=name
+                    "all chunks of each disk",
+                    f"none at {missing * CHUNK:#x}",
+                    block=name,
+                    advice="a source that leaves out what is in backing files needs the parameter"
+                    " block-incremental here as well",
                 )
         self._flusher.shutdown()
         self._flush()

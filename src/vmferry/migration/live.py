@@ -312,8 +312,12 @@ class LiveSource:
         self._track.move(Status.ACTIVE)
         if Capability.BLOCK not in self._capabilities:
             return None
-        zeroes = Capability.ZERO_BLOCKS in self._capabilities
-        disks = LiveDisks(self._machine.images, self._cleanup, zeroes=zeroes)
+        disks = LiveDisks(
+            self._machine.images,
+            self._cleanup,
+            zeroes=Capability.ZERO_BLOCKS in self._capabilities,
+            incremental=self._parameters().block_incremental,
+        )
         self._statistics.disks = disks
         return disks
 

@@ -148,6 +148,9 @@ class Parameters:
     * ``avail_switchover_bandwidth``: bytes per second to count on in the switchover, 0 for what was
       measured.
     * ``downtime_limit``: milliseconds for which the machine may stand still.
+    * ``block_incremental``: with capability block, only what the images have themselves is sent, as
+      both sides have the same backing files.  Unlike QEMU's, it is for both sides: a destination
+      without it refuses images that did not come whole.
     * ``multifd_channels``, ``multifd_compression``, ``multifd_zlib_level``, ``multifd_zstd_level``:
       the channels of capability multifd, the same number and compression on both sides.
     * ``xbzrle_cache_size``: bytes of pages kept for capability xbzrle.
@@ -177,6 +180,7 @@ class Parameters:
     max_postcopy_bandwidth: Annotated[int, _Whole(0, _U64, "bytes per second")] = 0
     avail_switchover_bandwidth: Annotated[int, _Whole(0, _U64, "bytes per second")] = 0
     downtime_limit: Annotated[int, _Whole(0, 2_000_000, "milliseconds")] = 300
+    block_incremental: Annotated[bool, _Flag()] = False
     multifd_channels: Annotated[int, _Whole(1, 255, "channels")] = 2
     multifd_compression: Annotated[Compression, _Choice(Compression)] = Compression.NONE
     multifd_zlib_level: Annotated[int, _Whole(0, 9)] = 1
@@ -237,7 +241,6 @@ NOT_SUPPORTED: Final[Mapping[str, object]] = {
     "tls-hostname": "",
     "tls-authz": "",
     "x-checkpoint-delay": 20000,
-    "block-incremental": False,
     "block-bitmap-mapping": [],
 }
 """QEMU 7.2's other parameters and their defaults, which is all that they can be set to."""

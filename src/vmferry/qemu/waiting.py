@@ -7,7 +7,7 @@ anything is sent.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -106,10 +106,19 @@ class WaitingQemu:
             )
         return {name: found.page_size for name, found in there.items()}
 
-    def listen(self, uri: str, capabilities: Iterable[str], *, paused: bool = False) -> None:
+    def listen(
+        self,
+        uri: str,
+        capabilities: Iterable[str],
+        *,
+        parameters: Mapping[str, object] | None = None,
+        paused: bool = False,
+    ) -> None:
         """Have it listen at *uri* with *capabilities* on; *paused*: it shall not run."""
         states = [{"capability": name, "state": True} for name in capabilities]
         self._qmp.execute("migrate-set-capabilities", {"capabilities": states})
+        if parameters:
+            self._qmp.execute("migrate-set-parameters", dict(parameters))
         if paused:
             # While it waits this means that it is not to start by itself (softmmu/vl.c).
             # A machine of vmferry refuses it, and heeds what the stream says.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from vmferry.errors import StorageError
@@ -13,8 +13,18 @@ from vmferry.images.storage import Views
 from vmferry.images.views import cut, total
 
 from .handshake import Terms
-from .messages import REQUEST, REQUEST_MAGIC, Command, CommandFlag, Export
-from .replies import Answer
+from .messages import (
+    ALLOCATION,
+    DEPTH,
+    DEPTH_OWN,
+    REQUEST,
+    REQUEST_MAGIC,
+    STATUS_ZERO,
+    Command,
+    CommandFlag,
+    Export,
+)
+from .replies import Answer, Blocks
 from .wire import Wire
 
 _MAX_SPAN: Final = 1 << 30
@@ -80,15 +90,22 @@ class NbdConnection:
         """NBD has no request for it."""
         raise StorageError(f"{self._name}: cannot be resized to {size} bytes: NBD does not do that")
 
-    def extents(self, offset: int, length: int) -> Sequence[Extent]:
+    def extents(self, offset: int, length: int, *, own: bool = False) -> Sequence[Extent]:
         """See :meth:`Access.extents`."""
-        if self._terms.context is None:
+        contexts = self._terms.contexts
+        wanted = DEPTH if own else ALLOCATION
+        if wanted not in contexts:
             return [Extent(offset, length)]
         length = min(length, _MAX_SPAN)
-        found = self._request(Command.BLOCK_STATUS, offset, length, context=self._terms.context)
-        if not found:
+        numbers = tuple(contexts.values())
+        found = self._request(Command.BLOCK_STATUS, offset, length, contexts=numbers)
+        blocks = found.get(contexts[wanted])
+        if blocks is None:
             self._wire.refuse("the status of blocks", "none")
-        return found
+        return [
+            Extent(at, size, data=flags == DEPTH_OWN if own else not flags & STATUS_ZERO)
+            for at, size, flags in blocks
+        ]
 
     def close(self) -> None:
         """Say good-bye, and wait for the server to hang up.  See :meth:`Access.close`."""
@@ -129,13 +146,13 @@ class NbdConnection:
         flags: CommandFlag = CommandFlag.NONE,
         data: Views = (),
         into: Views = (),
-        context: int | None = None,
-    ) -> list[Extent]:
+        contexts: tuple[int, ...] = (),
+    ) -> Mapping[int, Sequence[Blocks]]:
         with self._lock, self._wire.whole():
             cookie = next(self._cookies)
             header = REQUEST.pack(REQUEST_MAGIC, flags, command, cookie, offset, length)
             self._wire.send([memoryview(header), *data])
             answer = Answer(
-                self._wire, cookie, self._terms.structured, offset, length, into, context
+                self._wire, cookie, self._terms.structured, offset, length, into, contexts
             )
             return answer.take()

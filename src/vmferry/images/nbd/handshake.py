@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from vmferry.errors import printable
@@ -12,6 +12,7 @@ from vmferry.errors import printable
 from .messages import (
     ALLOCATION,
     CLIENT_FLAGS,
+    DEPTH,
     FIXED_NEWSTYLE,
     GREETING,
     INIT_MAGIC,
@@ -49,8 +50,8 @@ class Terms:
     block: int = 1
     most: int = MAX_REQUEST
     structured: bool = False
-    context: int | None = None
-    """The number of ``base:allocation`` in block status, if the server has it."""
+    contexts: Mapping[bytes, int] = field(default_factory=dict)
+    """The numbers in block status of those contexts that the server has."""
 
 
 def negotiate(wire: Wire, export: str) -> Terms:
@@ -60,7 +61,7 @@ def negotiate(wire: Wire, export: str) -> Terms:
     terms = Terms(structured=structured)
     name = export.encode()
     if structured:
-        terms = replace(terms, context=_context(wire, name))
+        terms = replace(terms, contexts=_contexts(wire, name))
     return _go(wire, name, terms)
 
 
@@ -84,16 +85,20 @@ def _ask(wire: Wire, option: Option, data: bytes) -> bool:
     return True
 
 
-def _context(wire: Wire, name: bytes) -> int | None:
-    query = struct.pack(f">I{len(name)}sII", len(name), name, 1, len(ALLOCATION)) + ALLOCATION
-    _send(wire, Option.SET_META_CONTEXT, query)
-    found = None
+def _contexts(wire: Wire, name: bytes) -> dict[bytes, int]:
+    asked = (ALLOCATION, DEPTH)
+    queries = b"".join(len(one).to_bytes(4) + one for one in asked)
+    head = struct.pack(f">I{len(name)}sI", len(name), name, len(asked))
+    _send(wire, Option.SET_META_CONTEXT, head + queries)
+    found: dict[bytes, int] = {}
     for kind, data in _replies(wire, Option.SET_META_CONTEXT):
         if kind & OPTION_ERROR:
-            return None
-        if kind != OptionReply.META_CONTEXT or data[4:] != ALLOCATION or found is not None:
-            wire.refuse("one context base:allocation", printable(bytes(data[4:])))
-        found = int.from_bytes(data[:4], "big")
+            return {}
+        context, number = bytes(data[4:]), int.from_bytes(data[:4])
+        new = context in asked and context not in found and number not in found.values()
+        if kind != OptionReply.META_CONTEXT or not new:
+            wire.refuse("one of the contexts that were asked for, once each", printable(context))
+        found[context] = number
     return found
 
 

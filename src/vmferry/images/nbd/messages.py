@@ -28,6 +28,8 @@ STRUCTURED: Final = struct.Struct(">HHQI")
 """What follows the magic of a structured reply: flags, type, cookie, length."""
 
 ALLOCATION: Final = b"base:allocation"
+DEPTH: Final = b"qemu:allocation-depth"
+"""How many layers down something stands: ``docs/interop/nbd.txt`` of QEMU."""
 DONE: Final = 1
 """Flag of a structured reply: the last of its request."""
 
@@ -113,6 +115,9 @@ class Chunk(IntEnum):
     ERROR = 32769
     ERROR_OFFSET = 32770
 
+
+DEPTH_OWN: Final = 1
+"""Of ``qemu:allocation-depth``: it stands in the image itself."""
 
 STATUS_ZERO: Final = 2
 """Flag of ``base:allocation``: reads as zeroes."""

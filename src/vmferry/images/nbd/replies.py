@@ -10,10 +10,9 @@ import errno
 import os
 import struct
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 from vmferry.errors import printable
-from vmferry.images.image import Extent
 from vmferry.images.storage import Views
 from vmferry.images.views import cut
 
@@ -22,12 +21,14 @@ from .messages import (
     ERRORS,
     SIMPLE,
     SIMPLE_MAGIC,
-    STATUS_ZERO,
     STRUCTURED,
     STRUCTURED_MAGIC,
     Chunk,
 )
 from .wire import Wire
+
+Blocks: TypeAlias = tuple[int, int, int]
+"""Offset, length, and what a context says of these bytes."""
 
 _MAX_EXTENTS: Final = 1 << 17
 """In one answer: as many as QEMU sends at most (``NBD_MAX_BLOCK_STATUS_EXTENTS``)."""
@@ -40,7 +41,7 @@ _MAX_CHUNKS: Final = 1 << 17
 class Answer:
     """What is to be answered: the request of *cookie* for *length* bytes from *offset* on.
 
-    *into* takes the bytes of a read; *context* is the number of the block status that was asked.
+    *into* takes the bytes of a read; *contexts* are the numbers of the block status that was asked.
     """
 
     wire: Wire
@@ -49,13 +50,13 @@ class Answer:
     offset: int = 0
     length: int = 0
     into: Views = ()
-    context: int | None = None
-    extents: list[Extent] = field(default_factory=list)
+    contexts: tuple[int, ...] = ()
+    status: dict[int, list[Blocks]] = field(default_factory=dict)
     _filled: list[tuple[int, int]] = field(default_factory=list)
     _error: OSError | None = None
 
-    def take(self) -> list[Extent]:
-        """Receive all of it; the extents, if there are any.
+    def take(self) -> dict[int, list[Blocks]]:
+        """Receive all of it; the status of blocks by context, if there is any.
 
         Raises OSError for what the server reports; StorageError if it breaks the rules, and then
         the connection has ended.
@@ -69,7 +70,7 @@ class Answer:
             raise self._error
         if self.into:
             self._check_filled()
-        return self.extents
+        return self.status
 
     def _take_one(self) -> bool:
         """Receive one message; whether it is the last one."""
@@ -100,9 +101,9 @@ class Answer:
     def _take_simple(self) -> None:
         number, cookie = SIMPLE.unpack(self.wire.receive(SIMPLE.size))
         self._check_cookie(cookie)
-        if self.structured and (self.into or self.context is not None):
+        if self.structured and (self.into or self.contexts):
             self.wire.refuse("a structured reply", "a simple one")
-        if self._filled or self.extents:
+        if self._filled or self.status:
             self.wire.refuse("the rest of a structured reply", "a simple one")
         if number:
             self._error = _reported(number, "")
@@ -137,19 +138,22 @@ class Answer:
             self.wire.refuse(f"{self.length} bytes", f"{at}")
 
     def _take_status(self, length: int) -> None:
-        if self.context is None or self.extents or length % 8 != 4 or length < 12:
+        if len(self.status) == len(self.contexts) or length % 8 != 4 or length < 12:
             self.wire.refuse("a block status that was asked for", f"one of {length} bytes")
         if length > 4 + 8 * _MAX_EXTENTS:
             self.wire.refuse(f"at most {_MAX_EXTENTS} extents", f"{length} bytes of them")
         data = self.wire.receive(length)
-        if int.from_bytes(data[:4], "big") != self.context:
-            self.wire.refuse(f"context {self.context}", f"{int.from_bytes(data[:4], 'big')}")
+        context = int.from_bytes(data[:4])
+        if context not in self.contexts or context in self.status:
+            numbers = " or ".join(map(str, self.contexts))
+            self.wire.refuse(f"context {numbers}, once each", f"{context}")
+        blocks = self.status[context] = []
         at, end = self.offset, self.offset + self.length
         for size, flags in struct.iter_unpack(">II", memoryview(data)[4:]):
             if not size or at >= end:
                 self.wire.refuse("extents within the request", f"{size} bytes at {at}")
             stop = min(at + size, end)  # the last one may go beyond
-            self.extents.append(Extent(at, stop - at, data=not flags & STATUS_ZERO))
+            blocks.append((at, stop - at, flags))
             at = stop
 
     def _take_error(self, length: int) -> None:
