@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bench.live import ours
 from bench.machines import Guest
-from bench.measure import Row, Sample, Samples, Target, milliseconds, rate
+from bench.measure import Row, Sample, Samples, Target, Unmeasured, milliseconds, rate
 from bench.places import Places
 from vmferry.images import Image, open_image
 from vmferry.qemu import QemuProcess
@@ -126,12 +126,21 @@ def _with_qemu(source: Path, target: Path, size: int, where: Path) -> Sample:
         there.incoming(uri, capabilities=("block", "zero-blocks"))
         states = [{"capability": name, "state": True} for name in ("block", "zero-blocks")]
         here.execute("migrate-set-capabilities", {"capabilities": states})
-        here.execute("migrate-set-parameters", {"max-bandwidth": 1 << 40})
+        # With any other limit QEMU 7.2.22 stops before it has sent all of a disk.
+        limits = {"max-bandwidth": 1 << 40, "downtime-limit": 0}
+        here.execute("migrate-set-parameters", limits)
         here.execute("migrate", {"uri": uri})
         answer = here.wait_migration(timeout=_TIMEOUT)
         there.wait_migration(timeout=_TIMEOUT)
         answer = here.execute("query-migrate")  # with the time that it took
-        return {"seconds": answer["total-time"] / 1e3 + _flush(target), "bytes": size}
+        taken = answer["total-time"] / 1e3 + _flush(target)
+    _compare(source, target)
+    return {"seconds": taken, "bytes": size}
+
+
+def _compare(source: Path, target: Path) -> None:
+    if subprocess.run(["cmp", "-s", source, target], check=False).returncode:
+        raise Unmeasured("the disk has not arrived whole")
 
 
 def _flush(path: Path) -> float:
