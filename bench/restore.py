@@ -7,6 +7,7 @@ virtual CPU stood still (``postcopy-blocktime``), by how many pages it asked for
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from bench.places import Places
 from bench.processes import Process
 from bench.processes import vmferry as command
 from guests import Serial
+from guests.linux import LinuxGuest, Shell, lacks
 from vmferry.qemu import QemuProcess
 
 _GUESTS = (
@@ -39,15 +41,24 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
     for guest in _QUICK if quick else _GUESTS:
         yield from _restores(guest, where.work, rounds)
     yield from _clones(where.work, rounds)
+    if (why := lacks()) is None:
+        yield from _linux(
+            LinuxGuest(512, 16) if quick else LinuxGuest(2048, 100), where.work, rounds
+        )
+    else:
+        print(f"restore/linux: {why}", file=sys.stderr)
 
 
-def _saved(guest: Guest, work: Path) -> Path:
+def _saved(guest: Guest | LinuxGuest, work: Path) -> Path:
     """A checkpoint of the guest, and beside it the same machine as a stream."""
     target = work / "saved"
     shutil.rmtree(target, ignore_errors=True)
     uri = f"unix:{work}/save"
     with QemuProcess(guest.arguments(work)) as qemu:
-        Serial(qemu.serial).wait_ready(_TIMEOUT)
+        if isinstance(guest, LinuxGuest):
+            Shell(qemu.serial).wait_ready(_TIMEOUT)
+        else:
+            Serial(qemu.serial).wait_ready(_TIMEOUT)
         with Process(command("receive", uri, str(target), "--json")) as receiver:
             receiver.event("listening")
             qemu.migrate(uri, parameters={"max-bandwidth": 1 << 40, "downtime-limit": 10_000})
@@ -166,3 +177,64 @@ def _clones(work: Path, rounds: int) -> Iterator[Row]:
 def _ran_at(restore: vmferry.Restore) -> float:
     result = restore.run()
     return time.time() - result.total + (result.running or 0.0)
+
+
+def _linux(guest: LinuxGuest, work: Path, rounds: int) -> Iterator[Row]:
+    """What a person feels: when the shell of a Linux answers."""
+    saved = _saved(guest, work)
+    cases: dict[str, Callable[[], Sample]] = {
+        "QEMU": partial(_linux_whole, guest, work),
+        "first": partial(_linux_lazy, guest, work, saved, learn=False),
+        "preempt": partial(_linux_lazy, guest, work, saved, learn=False, preempt=True),
+        "learned": partial(_linux_lazy, guest, work, saved, learn=True),
+    }
+    samples = Samples(cases, rounds)
+    name = f"Linux, {guest.memory} MiB"
+    what = f"{name}: QEMU loads a file, until the shell answers"
+    yield samples.row("restore/linux/QEMU", what, "ms", "QEMU", milliseconds("answer"))
+    for case, how, most in (
+        ("first", "", 120),
+        ("preempt", ", preempt", 120),
+        ("learned", ", working set known", 50),
+    ):
+        what = f"{name}: vmferry restore{how}, until the shell answers"
+        yield samples.row(
+            f"restore/linux/{case}",
+            what,
+            "ms",
+            case,
+            milliseconds("answer"),
+            Target(most, most=True),
+        )
+        what = f"{name}: vmferry restore{how}, until all is there"
+        yield samples.row(f"restore/linux/{case}/total", what, "ms", case, milliseconds("total"))
+
+
+def _linux_whole(guest: LinuxGuest, work: Path) -> Sample:
+    with QemuProcess([*guest.arguments(work), "-incoming", "defer"]) as qemu:
+        clock = time.perf_counter()
+        qemu.incoming(f"exec:cat {work}/stream")
+        return {"answer": _answered(qemu) - clock}
+
+
+def _linux_lazy(
+    guest: LinuxGuest, work: Path, saved: Path, *, learn: bool, preempt: bool = False
+) -> Sample:
+    arguments = [*guest.arguments(work), "-incoming", "defer"]
+    with QemuProcess(arguments) as qemu, vmferry.Checkpoint(saved) as checkpoint:
+        options = vmferry.LazyOptions(preempt=preempt)
+        restore = vmferry.Restore(
+            checkpoint, f"unix:{work}/lazy", qmp=qemu.qmp, options=options, learn=learn
+        )
+        clock = time.perf_counter()
+        with ThreadPoolExecutor(1) as pool:
+            answered = pool.submit(_answered, qemu)
+            total = restore.run().total
+            return {"answer": answered.result() - clock, "total": total}
+
+
+def _answered(qemu: QemuProcess) -> float:
+    """When the shell has answered; what is typed before the machine runs is lost."""
+    qemu.wait_running(_TIMEOUT)
+    Shell(qemu.serial).run("true", _TIMEOUT)
+    return time.perf_counter()

@@ -18,7 +18,7 @@ def leave_behind(*, json: bool, quiet: bool) -> None:
     Where it ends before, so does this one, with its status.
     """
     arguments = [a for a in sys.argv[1:] if a not in {"--background", "--quiet", "-q", "--json"}]
-    command = [sys.executable, "-m", "vmferry", arguments[0], "--json", *arguments[1:]]
+    command = [sys.executable, "-P", "-m", "vmferry", arguments[0], "--json", *arguments[1:]]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, text=True
     )

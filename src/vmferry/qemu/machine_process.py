@@ -108,7 +108,7 @@ class MachineProcess:
         self._errors = cleanup.enter_context((directory / "stderr").open("w+"))
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vmferry", "run", str(directory / "machine.toml")),
+                *(sys.executable, "-P", "-m", "vmferry", "run", str(directory / "machine.toml")),
                 *("--qmp", str(self._monitor), "--serial", "-", "--quiet", *self._incoming),
             ],
             stdin=subprocess.DEVNULL,
