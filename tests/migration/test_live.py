@@ -828,6 +828,8 @@ def test_cut_in_the_middle_leaves_it_at_the_source(lab: Lab) -> None:
     source.set_parameters({"max-bandwidth": 1 << 20})
     source.migrate(relay.address)
     wait_until(lambda: source.query()["status"] == "active")
+    # Before that it takes a connection that ends for a stranger's.
+    wait_until(lambda: destination.query()["status"] == "active")
     relay.cut()
     assert (source.wait(LONG), destination.wait(LONG)) == (Status.FAILED, Status.FAILED)
     runs_on(source)

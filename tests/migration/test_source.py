@@ -182,7 +182,8 @@ def test_a_destination_that_fails_is_named(
 ) -> None:
     with ExitStack() as stack:
         Peer(tmp_path / "socket", stack, act, channels + 1)
-        options = SendOptions(multifd=channels, answer=0.3)
+        answer = 0.3 if act is stays_silent else 30.0
+        options = SendOptions(multifd=channels, answer=answer)
         with pytest.raises(kind, match=message):
             vmferry.send(saved("pc-uuid"), f"unix:{tmp_path / 'socket'}", options=options)
 

@@ -132,7 +132,7 @@ def test_interrupted_command_leaves_nothing_behind(
     with Running(
         *("migrate", f"{tmp_path}/here.qmp", uri, "--copy-storage", "--json"),
         *("--destination-qmp", f"{tmp_path}/there.qmp"),
-        *("--parameter", "max-bandwidth=64KiB/s", "--parameter", "downtime-limit=1ms"),
+        *("--parameter", "max-bandwidth=1MiB/s", "--parameter", "downtime-limit=1ms"),
     ) as command:
         command.wait_for('"progress"')
         command.send_signal(signal.SIGINT)
