@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Self
 
 from vmferry.errors import UsageError, VmferryError
-from vmferry.migration.postcopy.source import LazyOptions, Paused
+from vmferry.migration.postcopy.source import Paused
 from vmferry.migration.progress import Progress
 from vmferry.qemu.commands import Command
 from vmferry.qemu.messages import Object
@@ -25,81 +25,14 @@ from vmferry.qemu.qmp import Qmp
 from vmferry.qemu.server import QmpServer
 
 from .checkpoint import Checkpoint
-from .restore import Restore, Restored
+from .order import ARGUMENTS, Order
+from .restore import Restored
 
 MAX_RESTORES: Final = 256
 """Restores under way at once, and clients."""
 
 _REMEMBERED: Final = 1024
 """Restores of which is told how they went."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What a client asks for: see :class:`~vmferry.checkpoint.restore.Restore`.
-
-    *qmp* is where the monitor of the QEMU that waits can be reached.
-    """
-
-    uri: str
-    qmp: str | None = None
-    options: LazyOptions
-    verify: bool = False
-    learn: bool = True
-
-    def to_arguments(self) -> Object:
-        """The arguments of ``restore``."""
-        options = self.options
-        arguments = {
-            "uri": self.uri,
-            "qmp": self.qmp,
-            "preempt": options.preempt,
-            "page-sizes": dict(options.page_sizes),
-            "bandwidth": None if options.bandwidth is None else int(options.bandwidth),
-            "timeout": int(options.idle or 0),
-            "resume": options.resume,
-            "verify": self.verify,
-            "working-set": self.learn,
-        }
-        return {name: value for name, value in arguments.items() if value is not None}
-
-    @classmethod
-    def from_arguments(cls, arguments: Object) -> Self:
-        """What a client has sent; raises :class:`UsageError` where that is senseless."""
-        sizes = arguments.get("page-sizes", {})
-        for size in sizes.values():
-            if type(size) is not int or size < 1 << 10 or size & (size - 1):
-                raise UsageError("expected powers of two from 1024 on in page-sizes")
-        bandwidth, timeout = arguments.get("bandwidth"), arguments.get("timeout", 60)
-        if timeout < 0 or (bandwidth is not None and bandwidth <= 0):
-            raise UsageError("expected a bandwidth above 0, and a timeout of 0 or more")
-        options = LazyOptions(
-            preempt=arguments.get("preempt", False),
-            page_sizes=sizes,
-            bandwidth=bandwidth,
-            idle=timeout or None,
-            answer=timeout or None,
-            resume=arguments.get("resume", False),
-        )
-        return cls(
-            uri=arguments["uri"],
-            qmp=arguments.get("qmp"),
-            options=options,
-            verify=arguments.get("verify", False),
-            learn=arguments.get("working-set", True),
-        )
-
-
-_ORDER: Final[Mapping[str, type]] = {
-    "qmp": str,
-    "preempt": bool,
-    "page-sizes": dict,
-    "bandwidth": int,
-    "timeout": int,
-    "resume": bool,
-    "verify": bool,
-    "working-set": bool,
-}
 
 
 class _Served:
@@ -135,16 +68,8 @@ class _Served:
         try:
             with ExitStack() as cleanup:
                 qmp = None if order.qmp is None else cleanup.enter_context(Qmp.connect(order.qmp))
-                self._outcome = Restore(
-                    checkpoint,
-                    order.uri,
-                    qmp=qmp,
-                    options=order.options,
-                    verify=order.verify,
-                    learn=order.learn,
-                    progress=self._report,
-                    paused=self._paused,
-                ).run()
+                restore = order.restore(checkpoint, qmp, self._report, self._paused)
+                self._outcome = restore.run()
         except VmferryError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001 - whoever asks is told, and others are served
@@ -195,7 +120,7 @@ class PageServer:
         self._serving = 0
         self._is_ending = False
         commands = {
-            "restore": Command(self._restore, required={"uri": str}, optional=_ORDER),
+            "restore": Command(self._restore, required={"uri": str}, optional=ARGUMENTS),
             "query-restores": Command(self._query, optional={"id": int}, at_once=True),
             "query-checkpoint": Command(lambda _: self._describe(), at_once=True),
         }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from vmferry import PeerError, Progress, UsageError
-from vmferry.checkpoint.page_server import Order
+from vmferry.checkpoint.order import Order
 from vmferry.errors import ChannelClosed, printable
 from vmferry.qemu.qmp import Qmp
 from vmferry.transports.uri import DescriptorAddress, StandardStreams, UnixAddress, parse
@@ -42,7 +43,7 @@ class Delegated:
         there = self._session.execute("query-checkpoint")
         if not _is_same(self._path, there):
             raise UsageError(f"the page server serves another checkpoint than {self._path}")
-        number = self._session.execute("restore", order.to_arguments())["id"]
+        number = self._session.execute("restore", _seen_from_anywhere(order).to_arguments())["id"]
         lost = ""
         while True:
             (told,) = self._session.execute("query-restores", {"id": number})
@@ -83,21 +84,14 @@ def _outcome(told: Told) -> Told:
     raise PeerError(str(told.get("error-desc", "the page server does not say why it failed")))
 
 
-def seen_from_anywhere(uri: str) -> str:
-    """*uri* as another process understands it."""
+def _seen_from_anywhere(order: Order) -> Order:
+    """*order* as another process understands it."""
+    uri, qmp = order.uri, order.qmp
     match parse(uri):
         case UnixAddress(path):
-            return f"unix:{Path(path).absolute()}"
+            uri = f"unix:{Path(path).absolute()}"
         case DescriptorAddress() | StandardStreams():
             raise UsageError(f"{printable(uri)} is of this process: a page server cannot use it")
-        case _:
-            return uri
-
-
-def monitor_seen_from_anywhere(address: str) -> str:
-    """The address of a monitor as another process understands it."""
-    return (
-        address
-        if address.startswith("tcp:")
-        else str(Path(address.removeprefix("unix:")).absolute())
-    )
+    if qmp is not None and not qmp.startswith("tcp:"):
+        qmp = str(Path(qmp.removeprefix("unix:")).absolute())
+    return replace(order, uri=uri, qmp=qmp)

@@ -105,6 +105,7 @@ def command(
     -incoming is added, and the command ends when QEMU does.
     """
     from vmferry import UsageError
+    from vmferry.checkpoint.order import Order
     from vmferry.migration.postcopy.source import LazyOptions
 
     from .reports import Done, reporter
@@ -132,9 +133,8 @@ def command(
         return leave_behind(json=json, quiet=quiet)
     if server is not None and not lazy:
         raise UsageError("a page server is for restores whose memory follows, found --whole")
-    wanted = Wanted(
-        directory, uri, qmp, options, verify, working_set, lazy, program, server, background
-    )
+    order = Order(uri=uri, qmp=qmp, options=options, verify=verify, learn=working_set)
+    wanted = Wanted(directory, order, lazy, program, server, background)
 
     def work(control: Work) -> dict[str, Any] | None:
         return restored(wanted, report, control)

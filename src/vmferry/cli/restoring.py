@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from vmferry import Checkpoint, SendOptions, UsageError, VmferryError, send
-from vmferry.checkpoint.page_server import Order
+from vmferry.checkpoint.order import Order, is_page_size
 from vmferry.checkpoint.restore import Restore
 from vmferry.errors import PeerError, printable
-from vmferry.migration.postcopy.source import LazyOptions
 from vmferry.qemu.process import ended
 from vmferry.qemu.qmp import Qmp
 from vmferry.units import parse_size
 
-from .delegating import Delegated, monitor_seen_from_anywhere, seen_from_anywhere
+from .delegating import Delegated
 from .reports import Reporter
 from .signals import Work
 
@@ -36,11 +35,7 @@ class Wanted:
     """What was asked for on the command line."""
 
     directory: Path
-    uri: str
-    qmp: str | None
-    options: LazyOptions
-    verify: bool
-    learn: bool
+    order: Order
     lazy: bool
     command: Sequence[str]
     server: str | None
@@ -55,7 +50,7 @@ def sizes_of(texts: Sequence[str]) -> dict[str, int]:
         if not separator:
             raise UsageError(f"expected BLOCK=SIZE, found {printable(text)}")
         number = parse_size(size)
-        if number < 1 << 10 or number & (number - 1):
+        if not is_page_size(number):
             raise UsageError(f"expected a power of two as the size of a page, found {size}")
         sizes[name] = number
     return sizes
@@ -78,11 +73,12 @@ def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> dict[str, 
         process = None
         if wanted.command:
             process, wanted = cleanup.enter_context(_started(wanted))
+        order = wanted.order
         if not wanted.lazy:
             send(
                 checkpoint,
-                wanted.uri,
-                options=SendOptions(idle=wanted.options.idle, answer=wanted.options.answer),
+                order.uri,
+                options=SendOptions(idle=order.options.idle, answer=order.options.answer),
                 progress=report.progress,
                 started=control.begun,
             )
@@ -91,37 +87,19 @@ def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> dict[str, 
             session = cleanup.enter_context(Qmp.connect(wanted.server))
             delegated = Delegated(session, checkpoint.path, report)
             control.begun(_Dependable(delegated, report, process))
-            outcome = delegated.run(_order(wanted), background=wanted.background)
+            outcome = delegated.run(order, background=wanted.background)
         else:
             qmp = None
-            if wanted.qmp is not None:
-                qmp = cleanup.enter_context(_monitor(wanted.qmp, process))
-            work = Restore(
-                checkpoint,
-                wanted.uri,
-                qmp=qmp,
-                options=wanted.options,
-                progress=report.progress,
-                verify=wanted.verify,
-                learn=wanted.learn,
-                paused=lambda error: _tell_paused(report, error, process),
+            if order.qmp is not None:
+                qmp = cleanup.enter_context(_monitor(order.qmp, process))
+            work = order.restore(
+                checkpoint, qmp, report.progress, lambda error: _tell_paused(report, error, process)
             )
             control.begun(_Dependable(work, report, process))
             outcome = work.run().to_json()
         if process is not None:
             process.wait()
         return outcome
-
-
-def _order(wanted: Wanted) -> Order:
-    qmp = None if wanted.qmp is None else monitor_seen_from_anywhere(wanted.qmp)
-    return Order(
-        uri=seen_from_anywhere(wanted.uri),
-        qmp=qmp,
-        options=wanted.options,
-        verify=wanted.verify,
-        learn=wanted.learn,
-    )
 
 
 class _Dependable:
@@ -172,7 +150,7 @@ def _started(wanted: Wanted) -> Iterator[tuple[subprocess.Popen[bytes], Wanted]]
                 f"cannot start {printable(wanted.command[0])}: {error.strerror}"
             ) from error
         try:
-            yield process, replace(wanted, uri=uri, qmp=monitor)
+            yield process, replace(wanted, order=replace(wanted.order, uri=uri, qmp=monitor))
         finally:
             if process.poll() is None:
                 ended(process, _END)
