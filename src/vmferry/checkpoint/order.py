@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Self
@@ -75,7 +76,7 @@ class Order:
             "preempt": options.preempt,
             "page-sizes": dict(options.page_sizes),
             "bandwidth": None if options.bandwidth is None else int(options.bandwidth),
-            "timeout": int(options.idle or 0),
+            "timeout": math.ceil(options.idle or 0),
             "resume": options.resume,
             "verify": self.verify,
             "working-set": self.learn,
