@@ -55,28 +55,22 @@ class Wanted:
 
     def wrong(self) -> str:
         """What does not go together; nothing if all does."""
-        if self.copy_storage and self.destination is None:
-            return "--copy-storage needs --destination-qmp"
-        if self.destination is not None and not (
-            self.copy_storage or self.resume or self.postcopy or self.with_disks
-        ):
-            return (
-                "--destination-qmp is for --copy-storage, --capability block, --postcopy and"
-                " --resume"
-            )
-        if self.resume and (self.copy_storage or self.postcopy or self.capabilities):
-            return "--resume goes on with what was begun, which no other option changes"
-        if self.copy_storage and self.postcopy:
-            return "--copy-storage cannot go with postcopy"
-        if not self.watch and (self.copy_storage or self.postcopy):
-            what = "--copy-storage" if self.copy_storage else "postcopy"
-            return f"{what} has to watch the migration"
-        return self._wrong_alone()
-
-    def _wrong_alone(self) -> str:
-        if self.incremental and not (self.copy_storage or self.with_disks):
-            return "--incremental is for --copy-storage and --capability block"
-        return ""
+        led = self.copy_storage or self.postcopy is not None
+        what = "--copy-storage" if self.copy_storage else "postcopy"
+        needs_other = led or self.resume or self.with_disks
+        others = "--copy-storage, --capability block, --postcopy and --resume"
+        rules = {
+            "--copy-storage needs --destination-qmp": self.copy_storage
+            and self.destination is None,
+            f"--destination-qmp is for {others}": self.destination is not None and not needs_other,
+            "--resume goes on with what was begun, which no other option changes": self.resume
+            and (led or self.capabilities),
+            "--copy-storage cannot go with postcopy": self.copy_storage and self.postcopy,
+            f"{what} has to watch the migration": led and not self.watch,
+            "--incremental is for --copy-storage and --capability block": self.incremental
+            and not (self.copy_storage or self.with_disks),
+        }
+        return next((rule for rule, is_broken in rules.items() if is_broken), "")
 
 
 def carried_out(wanted: Wanted, report: Reporter[Any], control: Work) -> MigrationInfo:

@@ -96,7 +96,6 @@ class LiveDisks:
         self._zeroes = zeroes
         self._incremental = incremental
         self._buffer = memoryview(mmap(-1, CHUNK, MAP_PRIVATE | MAP_ANONYMOUS))
-        self._first = 0
         self.total = self._left = sum(disk.image.size for disk in self._disks)
         self.done = 0
 

@@ -84,12 +84,12 @@ class IncomingDisks:
 
     def finish(self) -> None:
         """Everything has come: see that this is so, and make it durable."""
+        if self._came and not self._has_begun:
+            raise PeerError(
+                "the source has not sent its disks: turn block on there as well, or off here"
+                " where both sides share the images"
+            )
         for name, came in self._came.items():
-            if not self._has_begun:
-                raise PeerError(
-                    "the source has not sent its disks: turn block on there as well, or off here"
-                    " where both sides share the images"
-                )
             if (missing := came.find(0)) >= 0 and not self._incremental:
                 raise StreamError(
                     "all chunks of each disk",
