@@ -20,6 +20,7 @@ from vmferry.qemu import QemuProcess
 
 _PIECE = 256 << 10
 _TIMEOUT = 300.0
+_DISKS = ("block", "zero-blocks")
 _GUEST = Guest("disk", 16, pages=16)
 
 
@@ -123,14 +124,11 @@ def _with_qemu(source: Path, target: Path, size: int, where: Path) -> Sample:
         QemuProcess([*machine, "-drive", f"{drive}{source}"]) as here,
         QemuProcess([*machine, "-drive", f"{drive}{target}", "-incoming", "defer"]) as there,
     ):
-        there.incoming(uri, capabilities=("block", "zero-blocks"))
-        states = [{"capability": name, "state": True} for name in ("block", "zero-blocks")]
-        here.execute("migrate-set-capabilities", {"capabilities": states})
+        there.incoming(uri, capabilities=_DISKS)
         # With any other limit QEMU 7.2.22 stops before it has sent all of a disk.
         limits = {"max-bandwidth": 1 << 40, "downtime-limit": 0}
-        here.execute("migrate-set-parameters", limits)
-        here.execute("migrate", {"uri": uri})
-        answer = here.wait_migration(timeout=_TIMEOUT)
+        here.migrate(uri, capabilities=_DISKS, parameters=limits)
+        here.wait_migration(timeout=_TIMEOUT)
         there.wait_migration(timeout=_TIMEOUT)
         answer = here.execute("query-migrate")  # with the time that it took
         taken = answer["total-time"] / 1e3 + _flush(target)

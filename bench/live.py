@@ -89,10 +89,7 @@ class Ours:
 
     def postcopy(self, uri: str, other: Ours) -> Sample:
         """Let the machine go to *other* before its memory, in the middle of precopy."""
-        states = [{"capability": "postcopy-ram", "state": True}]
-        for side in (self._qmp, other._qmp):
-            side.execute("migrate-set-capabilities", {"capabilities": states})
-        other._qmp.execute("migrate-incoming", {"uri": uri})
+        self._prepare(uri, other, "postcopy-ram")
         self._qmp.execute("migrate-set-parameters", {"max-bandwidth": 0, "downtime-limit": 0})
         self._qmp.execute("migrate", {"uri": uri})
         while self._qmp.execute("query-migrate").get("ram", {}).get("dirty-sync-count", 0) < 3:
@@ -100,12 +97,16 @@ class Ours:
         self._qmp.execute("migrate-start-postcopy")
         return {"downtime": _ended(self._qmp)["downtime"] / 1e3}
 
-    def with_disk(self, uri: str, other: Ours) -> Sample:
-        """Move the machine and its disk to *other*; ``anonymous`` is what the larger side took."""
-        states = [{"capability": name, "state": True} for name in ("block", "zero-blocks")]
+    def _prepare(self, uri: str, other: Ours, *capabilities: str) -> None:
+        """Have *other* wait at *uri*, with these on both sides."""
+        states = [{"capability": name, "state": True} for name in capabilities]
         for side in (self._qmp, other._qmp):
             side.execute("migrate-set-capabilities", {"capabilities": states})
         other._qmp.execute("migrate-incoming", {"uri": uri})
+
+    def with_disk(self, uri: str, other: Ours) -> Sample:
+        """Move the machine and its disk to *other*; ``anonymous`` is what the larger side took."""
+        self._prepare(uri, other, "block", "zero-blocks")
         self._qmp.execute("migrate-set-parameters", {"max-bandwidth": 0})
         before = self.anonymous(), other.anonymous()
         most = 0.0

@@ -68,15 +68,22 @@ def _saved(guest: Guest | LinuxGuest, work: Path) -> Path:
     return target
 
 
+def _cases(
+    whole: Callable[[], Sample], lazy: Callable[..., Sample]
+) -> dict[str, Callable[[], Sample]]:
+    """QEMU's own load, and the ways to restore."""
+    return {
+        "QEMU": whole,
+        "first": partial(lazy, learn=False),
+        "preempt": partial(lazy, learn=False, preempt=True),
+        "learned": partial(lazy, learn=True),
+    }
+
+
 def _restores(guest: Guest, work: Path, rounds: int) -> Iterator[Row]:
     saved = _saved(guest, work)
-    cases: dict[str, Callable[[], Sample]] = {
-        "QEMU": partial(_whole, guest, work),
-        "first": partial(_lazy, guest, work, saved, learn=False),
-        "preempt": partial(_lazy, guest, work, saved, learn=False, preempt=True),
-        "learned": partial(_lazy, guest, work, saved, learn=True),
-    }
-    samples = Samples(cases, rounds)
+    lazy = partial(_lazy, guest, work, saved)
+    samples = Samples(_cases(partial(_whole, guest, work), lazy), rounds)
     name = f"restore/{guest.name}"
     what = f"{guest.name}: QEMU loads a file, until the guest runs"
     yield samples.row(f"{name}/QEMU", what, "ms", "QEMU", milliseconds("running"))
@@ -182,13 +189,8 @@ def _ran_at(restore: vmferry.Restore) -> float:
 def _linux(guest: LinuxGuest, work: Path, rounds: int) -> Iterator[Row]:
     """What a person feels: when the shell of a Linux answers."""
     saved = _saved(guest, work)
-    cases: dict[str, Callable[[], Sample]] = {
-        "QEMU": partial(_linux_whole, guest, work),
-        "first": partial(_linux_lazy, guest, work, saved, learn=False),
-        "preempt": partial(_linux_lazy, guest, work, saved, learn=False, preempt=True),
-        "learned": partial(_linux_lazy, guest, work, saved, learn=True),
-    }
-    samples = Samples(cases, rounds)
+    lazy = partial(_linux_lazy, guest, work, saved)
+    samples = Samples(_cases(partial(_linux_whole, guest, work), lazy), rounds)
     name = f"Linux, {guest.memory} MiB"
     what = f"{name}: QEMU loads a file, until the shell answers"
     yield samples.row("restore/linux/QEMU", what, "ms", "QEMU", milliseconds("answer"))
