@@ -164,7 +164,7 @@ def test_other_files_are_refused_for_what_they_are(
     assert message in done.stderr
 
 
-@pytest.mark.parametrize("source", ["/nonexistent", "/root/../etc/shadow/x"])
+@pytest.mark.parametrize("source", ["/nonexistent", "/dev/null/x"])
 def test_source_that_cannot_be_read_is_a_storage_error(source: str) -> None:
     done = vmferry("inspect", source)
     assert (done.returncode, done.stdout) == (5, "")
