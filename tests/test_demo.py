@@ -49,7 +49,7 @@ def test_machine_goes_before_its_memory(kind: str) -> None:
     seen: list[Moment] = []
     moved: list[MachineConfig | Moved] = []
     proof = demonstrate(
-        ram=RAM, moves=2, kind=kind, postcopy=True, told=moved.append, seen=seen.append
+        ram=4 * RAM, moves=2, kind=kind, postcopy=True, told=moved.append, seen=seen.append
     )
     assert len(proof.downtimes) == 2
     followed = [moment for moment in seen if moment.migration.is_postcopy]

@@ -130,8 +130,13 @@ class Running:
         while rests < 20:
             assert time.monotonic() < deadline, "it does not come to rest"
             time.sleep(0.01)
-            states = [(task / "stat").read_text().rpartition(")")[2] for task in tasks.iterdir()]
-            rests = rests + 1 if all(state.split()[0] == "S" for state in states) else 0
+            try:
+                stats = [(task / "stat").read_text() for task in tasks.iterdir()]
+            except (FileNotFoundError, ProcessLookupError):  # a thread has ended meanwhile
+                rests = 0
+                continue
+            sleeps = all(stat.rpartition(")")[2].split()[0] == "S" for stat in stats)
+            rests = rests + 1 if sleeps else 0
 
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)

@@ -557,7 +557,7 @@ def test_log_that_takes_long_to_stop_holds_up_no_status_but_the_next_migration(l
     machine(source).dirty_log = dirty_log  # type: ignore[method-assign]
     source.set_parameters({"max-bandwidth": 1 << 20})
     source.migrate(address)
-    wait_until(lambda: source.status == Status.ACTIVE)
+    wait_until(lambda: source.query().get("ram", {}).get("dirty-sync-count", 0) > 0)
     source.cancel()
     assert stops.wait(LONG)
     source.set_parameters({"max-bandwidth": 0})

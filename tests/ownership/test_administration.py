@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,16 @@ from vmferry.ownership.engine import Ownership
 from vmferry.ownership.protocol import Party, Swap
 from vmferry.ownership.record import Phase, Record
 from vmferry.ownership.store import Store, open_store
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """The command leaves signals ignored at its end, which is not that of this process."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def engine(store: Store) -> Ownership:
