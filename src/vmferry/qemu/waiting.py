@@ -90,10 +90,10 @@ class WaitingQemu:
             if found is None:
                 wrong.append(f"it has no block {printable(block.name)}")
             elif found.length != block.length and not block.name.startswith("/rom@"):
-                wrong.append(
-                    f"its block {printable(block.name)} has {format_size(found.length)}, not"
-                    f" {format_size(block.length)}"
-                )
+                has, not_this = format_size(found.length), format_size(block.length)
+                if has == not_this:  # rounded
+                    has, not_this = f"{found.length} bytes", str(block.length)
+                wrong.append(f"its block {printable(block.name)} has {has}, not {not_this}")
             else:
                 there[block.name] = found
         names = {block.name for block in blocks}
