@@ -80,6 +80,10 @@ class Borrowed:
     def resume(self) -> None:
         self._may_run.set()
 
+    @property
+    def vcpu_threads(self) -> list[int]:
+        return [self._thread.native_id or 0]
+
     def throttle(self, percent: int) -> None:
         pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,7 +22,7 @@ from vmferry.qemu import QmpError
 from vmferry.qemu.machine_process import MachineProcess
 
 # A guest without a rate would have asked for all of its memory before anything can be lost.
-GUEST = {"ram": 32 * MIB, "working_set": 8 * MIB, "hot": 0.5, "cpus": 2, "rate": 4000}
+GUEST = {"ram": 32 * MIB, "working_set": 8 * MIB, "hot": 0.5, "cpus": 2, "rate": 1500}
 
 NO_FAULTS = faults.missing(kernel=True)
 pytestmark = pytest.mark.skipif(NO_FAULTS is not None, reason=str(NO_FAULTS))
@@ -62,6 +63,28 @@ def test_guest_runs_at_once_and_is_whole(
     there.is_whole()
     assert there.statuses == ["setup", "active", "postcopy-active", "completed"]
     assert there.warnings == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_destination_tells_how_long_its_processors_waited(
+    save: Callable[[str], vmferry.Checkpoint],
+    waiting: Callable[[str, bool], Waiting],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    checkpoint = save(kind)
+    there = waiting(kind, False)
+    there.control.set_capabilities({"postcopy-blocktime": True})
+    began = time.monotonic()
+    uri = there.control.incoming(f"unix:{tmp_path}/there")
+    restore(checkpoint, uri, bandwidth=float(4 * MIB))
+    there.is_whole()
+    most = (time.monotonic() - began) * 1e3
+    info = there.control.query()
+    each, together = info["postcopy-vcpu-blocktime"], info["postcopy-blocktime"]
+    assert len(each) == GUEST["cpus"]
+    assert 0 <= together <= min(each)
+    assert 0 < max(each) < most
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,7 +35,7 @@ class Missing:
     def fault(self) -> int:
         """The address of the next fault."""
         assert select.select([self.descriptor], [], [], PROMPT)[0]
-        (address,) = faults.read_faults(self.descriptor)
+        ((address, _),) = faults.read_faults(self.descriptor)
         return address
 
     def place(self, page: int, pages: int = 1) -> None:

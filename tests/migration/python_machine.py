@@ -105,6 +105,7 @@ class PythonMachine:
         self.throttled.append(percent)
 
     images: Sequence[Image] = ()
+    vcpu_threads: Sequence[int] = ()
 
     def dirty_log(self) -> DirtyLog:
         return open_dirty_log(self.memory, self._log)

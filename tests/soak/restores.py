@@ -73,7 +73,7 @@ def _linux(rng: Random, times: int) -> Iterator[str]:
 
 def _restore(rng: Random, checkpoint: vmferry.Checkpoint, qemu: QemuProcess, place: Path) -> str:
     options = vmferry.LazyOptions(
-        preempt=rng.random() < 0.5, bandwidth=rng.choice([None, None, 2 << 20, 64 << 20])
+        preempt=rng.random() < 0.5, bandwidth=rng.choice([None, None, 16 << 20, 64 << 20])
     )
     learn = rng.random() < 0.5
     uri = f"unix:{place}/restored"

@@ -186,6 +186,11 @@ class HostedMachine:
             self._runner.resume()
             self.running = True
 
+    @property
+    def vcpu_threads(self) -> list[int]:
+        """The kernel's ids of the threads of the vCPUs."""
+        return self._runner.threads
+
     def pause(self) -> None:
         """Stop all vCPUs and guest time; when this returns nothing changes any more."""
         with self._lock:

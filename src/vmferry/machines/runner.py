@@ -60,6 +60,11 @@ class Runner:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def threads(self) -> list[int]:
+        """The kernel's ids of the threads."""
+        return [thread.native_id or 0 for thread in self._threads]
+
     def pause(self) -> None:
         """Hold all vCPUs; when this returns, none runs.  Not for the thread of a vCPU.
 

@@ -30,6 +30,8 @@ from .holes import PAGE_SIZE
 _API: Final = 0xAA
 _SHMEM: Final = 1 << 5
 """``UFFD_FEATURE_MISSING_SHMEM``, Linux 4.11."""
+_THREADS: Final = 1 << 8
+"""``UFFD_FEATURE_THREAD_ID``, Linux 4.14."""
 USER_MODE_ONLY: Final = 1
 """``UFFD_USER_MODE_ONLY``: faults of user space alone, which takes no privilege."""
 _MISSING: Final = 1
@@ -41,7 +43,7 @@ _WAKE: Final = 0x8010AA02
 _COPY: Final = 0xC028AA03
 _ZEROPAGE: Final = 0xC020AA04
 _PAGEFAULT: Final = 0x12
-_MESSAGE: Final = struct.Struct("=B7xQQ8x")
+_MESSAGE: Final = struct.Struct("=B7xQQI4x")
 _SYSTEM_CALL: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282, "ppc64le": 364, "s390x": 355}
 
 _FLAGS: Final = os.O_CLOEXEC | os.O_NONBLOCK
@@ -50,12 +52,13 @@ _AT_ONCE: Final = 64
 """Faults that are read in one go."""
 
 
-def open_faults(*, kernel: bool) -> int:
+def open_faults(*, kernel: bool, threads: bool = False) -> int:
     """A descriptor for faults on the memory of this process; *kernel* for those of the kernel too.
 
-    Raises :class:`OSError` where this host does not give one.
+    With *threads* a fault says whose it is.  Raises :class:`OSError` where this host does not give
+    one.
     """
-    return greeted(_open(kernel=kernel), _SHMEM)
+    return greeted(_open(kernel=kernel), _SHMEM | (_THREADS if threads else 0))
 
 
 def greeted(descriptor: int, features: int) -> int:
@@ -165,15 +168,15 @@ def _progress(error: OSError, request: bytearray) -> int:
     raise error
 
 
-def read_faults(descriptor: int) -> Iterator[int]:
-    """The addresses of the faults that wait to be read."""
+def read_faults(descriptor: int) -> Iterator[tuple[int, int]]:
+    """The faults that wait: the page's address, and the thread, 0 where it is unknown."""
     try:
         data = os.read(descriptor, _AT_ONCE * _MESSAGE.size)
     except BlockingIOError:
         return
-    for event, _flags, address in _MESSAGE.iter_unpack(data):
+    for event, _flags, address, thread in _MESSAGE.iter_unpack(data):
         if event == _PAGEFAULT:
-            yield address & -PAGE_SIZE
+            yield address & -PAGE_SIZE, thread
 
 
 def _ioctl(descriptor: int, request: int, *words: int) -> None:

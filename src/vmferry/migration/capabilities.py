@@ -41,7 +41,7 @@ class Capability(StrEnum):
     MULTIFD = "multifd"
     """Both: pages on channels of their own."""
     POSTCOPY_BLOCKTIME = "postcopy-blocktime"
-    """Accepted: a destination that is a QEMU tells how long its processors waited for memory."""
+    """Destination: tell how long its processors waited for memory."""
     LATE_BLOCK_ACTIVATE = "late-block-activate"
     """Destination: leave the disks of a machine that arrives stopped alone until ``cont``."""
     IGNORE_SHARED = "x-ignore-shared"

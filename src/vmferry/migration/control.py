@@ -291,6 +291,7 @@ class Control:
         if Capability.POSTCOPY_RAM not in self.capabilities:
             return None
         now = self.parameters
+        counts_waits = Capability.POSTCOPY_BLOCKTIME in self.capabilities
         return PostcopyDestination(
             self.machine.memory,
             kernel=self._kernel_faults,
@@ -300,6 +301,7 @@ class Control:
             mark=sink.mark,
             phase=meter.phase,
             lost=self._lost,
+            threads=self.machine.vcpu_threads if counts_waits else None,
         )
 
     @property
@@ -403,7 +405,11 @@ class Control:
             status, statistics = self._track.current, self._statistics
             if self._destination is not None:
                 listening = status in UNDER_WAY and bool(self._address)
-                info = query_incoming(status, _socket_addresses(self._address) if listening else ())
+                info = query_incoming(
+                    status,
+                    _socket_addresses(self._address) if listening else (),
+                    waits=self._destination.waits,
+                )
                 paused = status is Status.POSTCOPY_PAUSED
                 return info | ({"error-desc": str(self._error)} if paused else {})
             if statistics is None:

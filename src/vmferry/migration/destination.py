@@ -194,6 +194,11 @@ class Destination:
         """Whether memory has followed the machine, and all of it has come."""
         return self._postcopy is not None and self._postcopy.has_all
 
+    @property
+    def waits(self) -> tuple[list[float], float] | None:
+        """For how many seconds each processor waited for memory, and all at once, if counted."""
+        return None if self._postcopy is None else self._postcopy.waits
+
     def decide(self, *, take: bool) -> None:
         """An operator's word in the phase ``in-doubt``, from any thread: take it, or drop it."""
         self._last_word.decide(take=take)

@@ -28,6 +28,10 @@ class LiveMachine(Machine, Protocol):
         """The images of its disks; the engine has them active where it may run, nowhere else."""
 
     @property
+    def vcpu_threads(self) -> Sequence[int]:
+        """The kernel's ids of the threads of its processors; empty where they have none."""
+
+    @property
     def running(self) -> bool:
         """Whether it runs, or would if it had something to do."""
 

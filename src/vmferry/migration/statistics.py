@@ -265,12 +265,22 @@ class Statistics(Meter):
         )
 
 
-def query_incoming(status: Status, addresses: Sequence[Mapping[str, object]] = ()) -> Info:
+def query_incoming(
+    status: Status,
+    addresses: Sequence[Mapping[str, object]] = (),
+    *,
+    waits: tuple[Sequence[float], float] | None = None,
+) -> Info:
     """The destination's answer to ``query-migrate``; *addresses* where it listens, while it does.
 
-    An address is one of QEMU's ``SocketAddress``, as ``{"type": "unix", "path": ...}``.
+    An address is one of QEMU's ``SocketAddress``, as ``{"type": "unix", "path": ...}``.  *waits*:
+    seconds that each processor waited for memory, and all at once; told in the end.
     """
     info: Info = {} if status is Status.NONE else {"status": str(status)}
+    if waits is not None and status is Status.COMPLETED:
+        each, together = waits
+        info["postcopy-blocktime"] = _milliseconds(together)
+        info["postcopy-vcpu-blocktime"] = [_milliseconds(seconds) for seconds in each]
     if addresses:
         info["socket-address"] = [dict(address) for address in addresses]
     return info

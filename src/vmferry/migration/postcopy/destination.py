@@ -43,6 +43,7 @@ from vmferry.wire.return_path import Message, Pong
 from .late import say_that_all_came
 from .missing import MISSING, Marks
 from .pager_process import PagerProcess
+from .waits import Times, room_for, times_at
 
 _SHMEM_HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
@@ -80,7 +81,8 @@ class PostcopyDestination:
     pages.  *idle* is how many seconds the source may be silent while a page is waited for, *first*
     how many the preempt channel may take to come.  *mark* gets the arrays in which the pages that
     come in precopy are to be marked, *phase* hears of ``postcopy-active``,
-    ``postcopy-paused`` and ``postcopy-recover``, *lost* of why it is paused.
+    ``postcopy-paused`` and ``postcopy-recover``, *lost* of why it is paused.  Of *threads* it is
+    counted how long they wait, where these are given.
 
     :meth:`recover` and :meth:`cancel` are for any thread, all else for that of the migration.
     """
@@ -96,8 +98,11 @@ class PostcopyDestination:
         mark: Callable[[Mapping[str, Marks]], None],
         phase: Callable[[str], None],
         lost: Callable[[str], None],
+        threads: Sequence[int] | None = None,
     ) -> None:
         self._memory = memory
+        self._threads = threads
+        self._waits: Times | None = None
         self._kernel = kernel
         self.preempt = preempt
         self._idle = idle
@@ -146,8 +151,12 @@ class PostcopyDestination:
             # Of a huge page no part can be missing.
             for address in block.addresses:
                 block.use_huge_pages(address, on=False)
-        os.ftruncate(self._marks, total // PAGE_SIZE)
-        marks = np.frombuffer(mmap.mmap(self._marks, total // PAGE_SIZE), np.uint8)
+        pages, threads = total // PAGE_SIZE, self._threads or ()
+        size = room_for(pages, threads)
+        os.ftruncate(self._marks, size)
+        shared = mmap.mmap(self._marks, size)
+        marks = np.frombuffer(shared, np.uint8, pages)
+        self._waits = np.frombuffer(shared, np.float64, -1, times_at(pages))
         for block in self._memory.blocks:
             first = self._first_pages[block.name]
             self._received[block.name] = marks[first : first + block.pages]
@@ -193,13 +202,13 @@ class PostcopyDestination:
         self._phase("postcopy-active")
 
     def _register(self, pager: PagerProcess) -> None:
-        faults = open_faults(kernel=self._kernel)
+        faults = open_faults(kernel=self._kernel, threads=self._threads is not None)
         try:
             for block in self._memory.blocks:
                 block.has_missing = True
                 for address in block.addresses:
                     register(faults, address, block.size)
-            pager.memory(self._layout(), faults, self._marks)
+            pager.memory(self._layout(), self._threads or (), faults, self._marks)
         finally:
             os.close(faults)
 
@@ -268,6 +277,16 @@ class PostcopyDestination:
     def has_all(self) -> bool:
         """Whether everything has come."""
         return self._is_done
+
+    @property
+    def waits(self) -> tuple[list[float], float] | None:
+        """For how many seconds each of *threads* waited, and all at once; ``None``: not counted."""
+        if self._threads is None:
+            return None
+        if self._waits is None:  # memory came before the machine
+            return [0.0] * len(self._threads), 0.0
+        *each, together = self._waits.tolist()
+        return each, together
 
     def follow(self) -> None:
         """Wait until everything has come, however often the source is lost and comes back."""
@@ -388,7 +407,7 @@ class PostcopyDestination:
         """The pager, or another one in the place of one that has died."""
         if self._pager is None:
             self._pager = self._new_pager()
-            self._pager.memory(self._layout(), self._faults, self._marks)
+            self._pager.memory(self._layout(), self._threads or (), self._faults, self._marks)
             self._pager.keep()
         return self._pager
 
@@ -428,6 +447,7 @@ class PostcopyDestination:
         self._drop_channels()
         self._received = {}
         self._mark(self._received)  # they are mapped, and that keeps their descriptor
+        self._waits = None if self._waits is None else self._waits.copy()
         if self._listener is not None:
             self._listener.close()
         self._cleanup.close()

@@ -23,6 +23,8 @@ from vmferry.pages import COMPRESS, KINDS, PAGE, ZERO
 from vmferry.pages.compression import inflate_page
 from vmferry.wire.ram import RamPages
 
+from .waits import Waits
+
 MISSING: Final = 0
 EARLY: Final = 1
 """It came in precopy, and was not discarded."""
@@ -48,11 +50,17 @@ class MappedBlock:
 
 
 class MissingMemory:
-    """Places pages in *blocks*, through the *descriptor* of their faults; *marks* as above."""
+    """Places pages in *blocks*, through the *descriptor* of their faults; *marks* as above.
 
-    def __init__(self, descriptor: int, marks: Marks, blocks: Sequence[MappedBlock]) -> None:
+    *waits* counts how long who waits does so.
+    """
+
+    def __init__(
+        self, descriptor: int, marks: Marks, blocks: Sequence[MappedBlock], waits: Waits
+    ) -> None:
         self._descriptor = descriptor
         self._marks = marks
+        self._waits = waits
         self._blocks = {block.name: block for block in blocks}
         self._asked = np.zeros(len(marks), np.bool_)
         self._mappings = sorted((a, block) for block in blocks for a in block.addresses)
@@ -65,14 +73,16 @@ class MissingMemory:
     def faults(self) -> list[tuple[str, int]]:
         """The pages that somebody waits for and nobody has asked for: block and number."""
         wanted = []
-        for address in read_faults(self._descriptor):
+        for address, thread in read_faults(self._descriptor):
             start, block = self._mappings[bisect_right(self._starts, address) - 1]
             page = (address - start) // PAGE_SIZE
             if self._marks[block.first + page]:
                 # It came meanwhile, or it is zero and was not given memory so far.
                 place_zeros(self._descriptor, block.addresses[0] + page * PAGE_SIZE)
                 wake(self._descriptor, address)
-            elif not self._asked[block.first + page]:
+                continue
+            self._waits.begin(thread, block.first + page)
+            if not self._asked[block.first + page]:
                 self._asked[block.first + page] = True
                 self.waited += 1
                 self.requests += 1
@@ -163,6 +173,7 @@ class MissingMemory:
             place_zeros(self._descriptor, block.addresses[0] + page * PAGE_SIZE)
         for address in block.addresses:
             wake(self._descriptor, address + page * PAGE_SIZE)
+        self._waits.end(block.first + page)
         if self._asked[block.first + page]:  # it may be in a batch twice
             self._asked[block.first + page] = False
             self.waited -= 1
@@ -184,6 +195,7 @@ class MissingMemory:
         """Let everybody who waits fault once more, and so be asked for anew."""
         self._asked[:] = False
         self.waited = 0
+        self._waits.end_all()
         for address, block in self._mappings:
             wake(self._descriptor, address, block.size)
 
@@ -191,6 +203,7 @@ class MissingMemory:
         """No page is waited for any more: what has not come is zero."""
         for address, block in self._mappings:
             unregister(self._descriptor, address, block.size)
+        self._waits.end_all()
 
 
 def _again(block: MappedBlock, page: int) -> StreamError:

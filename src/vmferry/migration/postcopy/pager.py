@@ -8,7 +8,9 @@ connections until the end.
 
 Both sides talk over a socket in messages of JSON, with descriptors beside them::
 
-    memory  blocks          faults, marks          the memory; pages come from here on
+    memory  blocks, threads faults, marks          the memory, and the threads of which it is
+                                                   counted how long they wait; pages come from
+                                                   here on
     stream  start, words... main, head             a connection, and what was read of it; in a
                                                    recovery "source": the pings that it begins with
     urgent                  preempt                the preempt channel that belongs to it
@@ -55,6 +57,7 @@ from vmferry.wire.ram import RamBlock, RamPages
 from vmferry.wire.return_path import HavePages, Message, Pong, RequestPages, ResumeAck
 
 from .missing import MappedBlock, MissingMemory
+from .waits import Waits, room_for, times_at
 
 MESSAGE: Final = 1 << 20
 """Bytes of a message between both sides, at most."""
@@ -302,14 +305,16 @@ class Pager:
 
     def _do(self, message: dict[str, Any], descriptors: Sequence[int]) -> None:
         match message:
-            case {"do": "memory", "blocks": blocks}:
+            case {"do": "memory", "blocks": blocks, "threads": threads}:
                 self._faults, marks = descriptors
                 mapped = [MappedBlock(n, s, first, tuple(at)) for n, s, first, at in blocks]
                 total = sum(block.size for block in mapped) // PAGE_SIZE
-                shared = np.frombuffer(mmap.mmap(marks, total), np.uint8)
+                shared = mmap.mmap(marks, room_for(total, threads))
                 os.close(marks)
+                waits = Waits(threads, np.frombuffer(shared, np.float64, -1, times_at(total)))
+                arrived = np.frombuffer(shared, np.uint8, total)
                 self._bitmaps = total // 8
-                self._memory = MissingMemory(self._faults, shared, mapped)
+                self._memory = MissingMemory(self._faults, arrived, mapped, waits)
                 self._poll.register(self._faults, select.POLLIN)
             case {"do": "stream", "start": start, "recovery": recovery}:
                 main, head = descriptors

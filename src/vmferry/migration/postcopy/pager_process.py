@@ -55,9 +55,14 @@ class PagerProcess:
         """The process id."""
         return self._process.pid
 
-    def memory(self, blocks: Sequence[object], faults: int, marks: int) -> None:
-        """The memory, as in :class:`~.missing.MappedBlock`, and the descriptors that go with it."""
-        self._tell("memory", blocks=blocks, descriptors=[faults, marks])
+    def memory(
+        self, blocks: Sequence[object], threads: Sequence[int], faults: int, marks: int
+    ) -> None:
+        """The memory, as in :class:`~.missing.MappedBlock`, and the descriptors that go with it.
+
+        *threads* as in :class:`~.waits.Waits`; *marks* has :func:`~.waits.room_for` them.
+        """
+        self._tell("memory", blocks=blocks, threads=threads, descriptors=[faults, marks])
 
     def stream(
         self,
