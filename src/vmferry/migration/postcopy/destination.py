@@ -6,7 +6,6 @@ machine does of it; :mod:`.pager` has what must not depend on that process.
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Final, TypeAlias
-
-import numpy as np
 
 from vmferry.errors import (
     ChannelClosed,
@@ -43,7 +40,8 @@ from vmferry.wire.return_path import Message, Pong
 from .late import say_that_all_came
 from .missing import MISSING, Marks
 from .pager_process import PagerProcess
-from .waits import Times, room_for, times_at
+from .shared import Shared
+from .waits import Times
 
 _SHMEM_HUGE: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
@@ -151,15 +149,11 @@ class PostcopyDestination:
             # Of a huge page no part can be missing.
             for address in block.addresses:
                 block.use_huge_pages(address, on=False)
-        pages, threads = total // PAGE_SIZE, self._threads or ()
-        size = room_for(pages, threads)
-        os.ftruncate(self._marks, size)
-        shared = mmap.mmap(self._marks, size)
-        marks = np.frombuffer(shared, np.uint8, pages)
-        self._waits = np.frombuffer(shared, np.float64, -1, times_at(pages))
+        shared = Shared(self._marks, total // PAGE_SIZE, self._threads or ())
+        self._waits = shared.times
         for block in self._memory.blocks:
             first = self._first_pages[block.name]
-            self._received[block.name] = marks[first : first + block.pages]
+            self._received[block.name] = shared.marks[first : first + block.pages]
         self._mark(self._received)
         while not self._is_up:
             self._step(None)

@@ -1,8 +1,8 @@
 """The memory of a machine that runs already, as its pages come: the pager's view of it.
 
-QEMU 7.2 ``migration/postcopy-ram.c``.  What has come is a byte for each page, in memory that the
-pager shares with the process of the machine: so it outlives the pager.  A page is marked when it is
-in its place, and never before.
+QEMU 7.2 ``migration/postcopy-ram.c``.  What has come is a byte for each page, and so is what was
+asked for, in memory that the pager shares with the process of the machine: so it outlives the
+pager.  A page is marked when it is in its place, and never before.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ EARLY: Final = 1
 PLACED: Final = 2
 
 Marks = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
 
 _ROOM: Final = 256
 """Pages that are placed in one go."""
@@ -50,19 +51,24 @@ class MappedBlock:
 
 
 class MissingMemory:
-    """Places pages in *blocks*, through the *descriptor* of their faults; *marks* as above.
+    """Places pages in *blocks*, through the *descriptor* of their faults.
 
-    *waits* counts how long who waits does so.
+    *marks* and *asked* as above.  *waits* counts how long who waits does so.
     """
 
     def __init__(
-        self, descriptor: int, marks: Marks, blocks: Sequence[MappedBlock], waits: Waits
+        self,
+        descriptor: int,
+        marks: Marks,
+        asked: Flags,
+        blocks: Sequence[MappedBlock],
+        waits: Waits,
     ) -> None:
         self._descriptor = descriptor
         self._marks = marks
+        self._asked = asked
         self._waits = waits
         self._blocks = {block.name: block for block in blocks}
-        self._asked = np.zeros(len(marks), np.bool_)
         self._mappings = sorted((a, block) for block in blocks for a in block.addresses)
         self._starts = [address for address, _ in self._mappings]
         self._room = np.empty((_ROOM, PAGE_SIZE), np.uint8)
@@ -191,13 +197,25 @@ class MissingMemory:
             .ljust(-(-pages // 64) * 8, b"\0")
         )
 
-    def ask_again(self) -> None:
-        """Let everybody who waits fault once more, and so be asked for anew."""
-        self._asked[:] = False
-        self.waited = 0
+    def again(self) -> list[tuple[str, int]]:
+        """All that was asked for and has not come: block and number.
+
+        Also what nobody waits for any more, as a vCPU that was interrupted: the source may send it
+        apart from all the rest, and its end must not come first.  Who waits does so once more,
+        for what was placed and not told, too.
+        """
+        self._asked &= self._marks == MISSING
+        self.waited = int(np.count_nonzero(self._asked))
         self._waits.end_all()
         for address, block in self._mappings:
             wake(self._descriptor, address, block.size)
+        return [
+            (block.name, page)
+            for block in self._blocks.values()
+            for page in np.flatnonzero(
+                self._asked[block.first : block.first + block.size // PAGE_SIZE]
+            ).tolist()
+        ]
 
     def release(self) -> None:
         """No page is waited for any more: what has not come is zero."""

@@ -36,16 +36,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Final
-
-import numpy as np
 
 from vmferry.errors import PeerError, PeerSilent, TransportError, TruncatedStream, VmferryError
 from vmferry.memory import PAGE_SIZE
@@ -57,7 +54,8 @@ from vmferry.wire.ram import RamBlock, RamPages
 from vmferry.wire.return_path import HavePages, Message, Pong, RequestPages, ResumeAck
 
 from .missing import MappedBlock, MissingMemory
-from .waits import Waits, room_for, times_at
+from .shared import Shared
+from .waits import Waits
 
 MESSAGE: Final = 1 << 20
 """Bytes of a message between both sides, at most."""
@@ -167,9 +165,12 @@ class Pager:
             return
         if not memory.waited:
             self._heard = time.monotonic()
-        for block, page in memory.faults():
-            if not self._asks:
-                continue  # whoever waits is asked for when the source is back
+        wanted = memory.faults()
+        if self._asks:  # else it is asked for when the source is back
+            self._request(wanted)
+
+    def _request(self, pages: Iterable[tuple[str, int]]) -> None:
+        for block, page in pages:
             named = None if block == self._last_asked else block
             self._last_asked = block
             self._say(RequestPages(page * PAGE_SIZE, PAGE_SIZE, named))
@@ -244,7 +245,8 @@ class Pager:
                 if self._urgent is not None:
                     self._poll.register(self._urgent.sock, select.POLLIN)
                 self._say(ResumeAck())
-                memory.ask_again()
+                self._request(memory.again())
+                self._heard = time.monotonic()
                 self._tell("resumed")
 
     def _check_end(self) -> None:
@@ -309,12 +311,16 @@ class Pager:
                 self._faults, marks = descriptors
                 mapped = [MappedBlock(n, s, first, tuple(at)) for n, s, first, at in blocks]
                 total = sum(block.size for block in mapped) // PAGE_SIZE
-                shared = mmap.mmap(marks, room_for(total, threads))
+                shared = Shared(marks, total, threads)
                 os.close(marks)
-                waits = Waits(threads, np.frombuffer(shared, np.float64, -1, times_at(total)))
-                arrived = np.frombuffer(shared, np.uint8, total)
                 self._bitmaps = total // 8
-                self._memory = MissingMemory(self._faults, arrived, mapped, waits)
+                self._memory = MissingMemory(
+                    self._faults,
+                    shared.marks,
+                    shared.asked,
+                    mapped,
+                    Waits(threads, shared.times),
+                )
                 self._poll.register(self._faults, select.POLLIN)
             case {"do": "stream", "start": start, "recovery": recovery}:
                 main, head = descriptors

@@ -60,7 +60,7 @@ class PagerProcess:
     ) -> None:
         """The memory, as in :class:`~.missing.MappedBlock`, and the descriptors that go with it.
 
-        *threads* as in :class:`~.waits.Waits`; *marks* has :func:`~.waits.room_for` them.
+        *threads* as in :class:`~.waits.Waits`; *marks* is that of :class:`~.shared.Shared`.
         """
         self._tell("memory", blocks=blocks, threads=threads, descriptors=[faults, marks])
 

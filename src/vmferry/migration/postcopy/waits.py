@@ -1,8 +1,6 @@
 """How long processors have waited for memory: capability ``postcopy-blocktime``.
 
-QEMU 7.2 ``mark_postcopy_blocktime_begin`` and ``_end`` in ``migration/postcopy-ram.c``.  The times
-are in memory that the pager shares with the process of the machine, behind the marks of pages, so
-that they outlive the pager.
+QEMU 7.2 ``mark_postcopy_blocktime_begin`` and ``_end`` in ``migration/postcopy-ram.c``.
 """
 
 from __future__ import annotations
@@ -14,16 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 Times = npt.NDArray[np.float64]
-
-
-def times_at(pages: int) -> int:
-    """Where the times begin, in bytes, behind the marks of so many pages."""
-    return -(-pages // 8) * 8
-
-
-def room_for(pages: int, threads: Sequence[int]) -> int:
-    """Bytes of the marks, and of the times of each of *threads* and of all at once."""
-    return times_at(pages) + 8 * (len(threads) + 1)
 
 
 class Waits:
