@@ -1,28 +1,31 @@
 """A saved machine in a QEMU: loaded whole by QEMU itself, or run at once by ``vmferry restore``.
 
-The guest walks over its memory as soon as it runs.  Latencies are as QEMU counts them: how long its
-virtual CPU stood still (``postcopy-blocktime``), by how many pages it asked for.
+The guest walks over its memory as soon as it runs.  How long its virtual CPU waited for each page
+is read off QEMU's own trace of ``postcopy-blocktime``.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import vmferry
-from bench.machines import Guest
-from bench.measure import Row, Sample, Samples, Target, milliseconds
+from bench.machines import FULL, QUICK, Guest, destination
+from bench.measure import Row, Sample, Samples, Target, Unmeasured, milliseconds, quantity, rate
 from bench.places import Places
 from bench.processes import Process
 from bench.processes import vmferry as command
 from guests import Serial
 from guests.linux import LinuxGuest, Shell, lacks
+from vmferry.migration.postcopy.source import quantiles
 from vmferry.qemu import QemuProcess
 
 _GUESTS = (
@@ -35,11 +38,18 @@ _CLONE = Guest("clone", 64, pages=1024)
 _CLONES = 10
 _TIMEOUT = 120.0
 
+_WAIT = re.compile(r"@(\d+\.\d+):mark_postcopy_blocktime_(begin|end) addr: (\w+)")
+_TRACE = (
+    *("-trace", "mark_postcopy_blocktime_begin", "-trace", "mark_postcopy_blocktime_end"),
+    *("-msg", "timestamp=on"),
+)
+
 
 def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
     """Every row of this page."""
     for guest in _QUICK if quick else _GUESTS:
         yield from _restores(guest, where.work, rounds)
+    yield from _background(QUICK[0] if quick else FULL, where.work, rounds)
     yield from _clones(where.work, rounds)
     if (why := lacks()) is None:
         yield from _linux(
@@ -49,7 +59,7 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
         print(f"restore/linux: {why}", file=sys.stderr)
 
 
-def _saved(guest: Guest | LinuxGuest, work: Path) -> Path:
+def _saved(guest: Guest | LinuxGuest, work: Path, *, paused: bool = False) -> Path:
     """A checkpoint of the guest, and beside it the same machine as a stream."""
     target = work / "saved"
     shutil.rmtree(target, ignore_errors=True)
@@ -59,6 +69,8 @@ def _saved(guest: Guest | LinuxGuest, work: Path) -> Path:
             Shell(qemu.serial).wait_ready(_TIMEOUT)
         else:
             Serial(qemu.serial).wait_ready(_TIMEOUT)
+        if paused:
+            qemu.execute("stop")
         with Process(command("receive", uri, str(target), "--json")) as receiver:
             receiver.event("listening")
             qemu.migrate(uri, parameters={"max-bandwidth": 1 << 40, "downtime-limit": 10_000})
@@ -94,8 +106,12 @@ def _restores(guest: Guest, work: Path, rounds: int) -> Iterator[Row]:
         yield samples.row(
             f"{name}/{case}/running", what, "ms", case, milliseconds("running"), target
         )
-        what = f"{title}, mean wait of the guest for a page"
-        yield samples.row(f"{name}/{case}/wait", what, "µs", case, lambda s: s["wait"] * 1e6)
+        what = f"{title}, wait of the guest for a page, median"
+        target = Target(150, most=True)
+        yield samples.row(f"{name}/{case}/wait", what, "µs", case, quantity("wait"), target)
+        what = f"{title}, wait of the guest for a page, 99th percentile"
+        target = Target(1000, most=True)
+        yield samples.row(f"{name}/{case}/waits", what, "µs", case, quantity("waits"), target)
         what = f"{title}, request read to page written, median"
         target = Target(40, most=True)
         yield samples.row(f"{name}/{case}/median", what, "µs", case, lambda s: s["median"], target)
@@ -109,6 +125,15 @@ def _restores(guest: Guest, work: Path, rounds: int) -> Iterator[Row]:
         yield samples.row(f"{name}/{case}/total", what, "ms", case, milliseconds("total"))
     what = f"{guest.name}: QEMU loads a file, until the guest has looked at all of its memory"
     yield samples.row(f"{name}/QEMU/pass", what, "ms", "QEMU", milliseconds("pass"))
+    what = f"{guest.name}: the same by vmferry restore, in times as long"
+    target = Target(1.2, most=True)
+    yield samples.ratio(f"{name}/first/ratio", what, "first", "QEMU", quantity("pass"), target)
+    what = f"{guest.name}: the same with its working set known"
+    target = Target(1, most=True)
+    yield samples.ratio(f"{name}/learned/ratio", what, "learned", "QEMU", quantity("pass"), target)
+    what = f"{guest.name}: the share of what it looks at that was there before, working set known"
+    figure = quantity("there")
+    yield samples.row(f"{name}/there", what, "", "learned", figure, Target(0.9))
 
 
 def _whole(guest: Guest, work: Path) -> Sample:
@@ -121,7 +146,7 @@ def _whole(guest: Guest, work: Path) -> Sample:
 
 def _lazy(guest: Guest, work: Path, saved: Path, *, learn: bool, preempt: bool = False) -> Sample:
     arguments = [*guest.arguments(work), "-incoming", "defer"]
-    with QemuProcess(arguments) as qemu, vmferry.Checkpoint(saved) as checkpoint:
+    with QemuProcess([*arguments, *_TRACE]) as qemu, vmferry.Checkpoint(saved) as checkpoint:
         qemu.prepare_migration(["postcopy-blocktime"])
         options = vmferry.LazyOptions(preempt=preempt)
         restore = vmferry.Restore(
@@ -132,20 +157,87 @@ def _lazy(guest: Guest, work: Path, saved: Path, *, learn: bool, preempt: bool =
             passed = pool.submit(_passed, qemu)
             result = restore.run().to_json()
             ended = passed.result()
-        wait = qemu.wait_migration().get("postcopy-blocktime", 0) / 1e3
+        wait, waits = quantiles(_waits(qemu.stderr()))
         return {
             "running": result["time_to_running_ms"] / 1e3,
             "total": result["total_ms"] / 1e3,
             "requests": result["requests"],
             "median": result["fault_service_us"]["median"],
             "p99": result["fault_service_us"]["p99"],
-            "wait": wait / max(result["requests"], 1),
+            "wait": wait * 1e6,
+            "waits": waits * 1e6,
+            "there": 1 - result["requests"] / guest.pages,
             "pass": ended - clock,
         }
 
 
+def _waits(trace: str) -> list[float]:
+    """For how many seconds the guest waited, page by page."""
+    began: dict[str, float] = {}
+    found = []
+    for at, what, address in _WAIT.findall(trace):
+        if what == "begin":
+            began[address] = float(at)
+        elif address in began:
+            found.append(float(at) - began.pop(address))
+    if not found:
+        raise Unmeasured("this QEMU does not trace how long its guest waits")
+    return found
+
+
+def _background(guest: Guest, work: Path, rounds: int) -> Iterator[Row]:
+    """All memory of a machine that stands still, which asks for little."""
+    saved = _saved(guest, work, paused=True)
+    cases = {
+        "QEMU": partial(_between_qemus, guest, work),
+        "restore": partial(_stands_still, guest, work, saved),
+    }
+    samples = Samples(cases, rounds)
+    what = f"{guest.memory} MiB with content, by postcopy from QEMU to QEMU"
+    yield samples.row("restore/background/QEMU", what, "GB/s", "QEMU", rate)
+    what = f"{guest.memory} MiB with content, by vmferry restore"
+    yield samples.row("restore/background/restore", what, "GB/s", "restore", rate)
+    what = f"{guest.memory} MiB with content, by vmferry restore, times as fast"
+    yield samples.ratio("restore/background", what, "restore", "QEMU", rate, Target(1))
+
+
+def _between_qemus(guest: Guest, work: Path) -> Sample:
+    uri = f"unix:{work}/between"
+    capabilities = ("postcopy-ram", "events")
+    with (
+        QemuProcess(guest.arguments(work)) as qemu,
+        destination(guest, work, uri, capabilities),
+    ):
+        Serial(qemu.serial).wait_ready(_TIMEOUT)
+        qemu.execute("stop")
+        qemu.migrate(uri, capabilities=capabilities, parameters={"max-bandwidth": 1 << 20})
+        began = None
+        while began is None:
+            event = qemu.qmp.wait_event("MIGRATION", timeout=_TIMEOUT)
+            if event["data"]["status"] == "active":
+                qemu.execute("migrate-start-postcopy")
+            elif event["data"]["status"] == "postcopy-active":
+                began = _stamp(event)
+        answer = qemu.wait_migration(timeout=_TIMEOUT)
+        while (event := qemu.qmp.wait_event("MIGRATION"))["data"]["status"] != "completed":
+            pass
+        return {"bytes": answer["ram"]["transferred"], "seconds": _stamp(event) - began}
+
+
+def _stands_still(guest: Guest, work: Path, saved: Path) -> Sample:
+    arguments = [*guest.arguments(work), "-incoming", "defer"]
+    with QemuProcess(arguments) as qemu, vmferry.Checkpoint(saved) as checkpoint:
+        result = vmferry.Restore(checkpoint, f"unix:{work}/lazy", qmp=qemu.qmp, learn=False).run()
+        return {"bytes": result.pages * checkpoint.page_size, "seconds": result.total}
+
+
 def _resumed(qemu: QemuProcess) -> float:
-    stamp = qemu.qmp.wait_event("RESUME", timeout=_TIMEOUT)["timestamp"]
+    return _stamp(qemu.qmp.wait_event("RESUME", timeout=_TIMEOUT))
+
+
+def _stamp(event: Mapping[str, Any]) -> float:
+    """When an event was, in seconds since 1970."""
+    stamp = event["timestamp"]
     return float(stamp["seconds"]) + float(stamp["microseconds"]) / 1e6
 
 
