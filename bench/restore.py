@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -27,6 +27,7 @@ from guests import Serial
 from guests.linux import LinuxGuest, Shell, lacks
 from vmferry.migration.postcopy.source import quantiles
 from vmferry.qemu import QemuProcess
+from vmferry.qemu.qmp import Qmp
 
 _GUESTS = (
     Guest("1 GiB", 1024, pages=1 << 17, fill=1 << 17),
@@ -97,6 +98,9 @@ def _restores(guest: Guest, work: Path, rounds: int) -> Iterator[Row]:
     lazy = partial(_lazy, guest, work, saved)
     samples = Samples(_cases(partial(_whole, guest, work), lazy), rounds)
     name = f"restore/{guest.name}"
+    what = f"{guest.name}: opening the checkpoint"
+    target = Target(5, most=True)
+    yield samples.row(f"{name}/open", what, "ms", "first", milliseconds("open"), target)
     what = f"{guest.name}: QEMU loads a file, until the guest runs"
     yield samples.row(f"{name}/QEMU", what, "ms", "QEMU", milliseconds("running"))
     for case, how in (("first", ""), ("preempt", ", preempt"), ("learned", ", working set known")):
@@ -146,7 +150,11 @@ def _whole(guest: Guest, work: Path) -> Sample:
 
 def _lazy(guest: Guest, work: Path, saved: Path, *, learn: bool, preempt: bool = False) -> Sample:
     arguments = [*guest.arguments(work), "-incoming", "defer"]
-    with QemuProcess([*arguments, *_TRACE]) as qemu, vmferry.Checkpoint(saved) as checkpoint:
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(vmferry.Checkpoint(saved))
+        opened = time.perf_counter() - began
+        qemu = stack.enter_context(QemuProcess([*arguments, *_TRACE]))
         qemu.prepare_migration(["postcopy-blocktime"])
         options = vmferry.LazyOptions(preempt=preempt)
         restore = vmferry.Restore(
@@ -159,6 +167,7 @@ def _lazy(guest: Guest, work: Path, saved: Path, *, learn: bool, preempt: bool =
             ended = passed.result()
         wait, waits = quantiles(_waits(qemu.stderr()))
         return {
+            "open": opened,
             "running": result["time_to_running_ms"] / 1e3,
             "total": result["total_ms"] / 1e3,
             "requests": result["requests"],
@@ -250,32 +259,49 @@ def _passed(qemu: QemuProcess) -> float:
 
 
 def _clones(work: Path, rounds: int) -> Iterator[Row]:
-    """Many machines from one checkpoint at the same time."""
+    """Many machines from one page server at the same time."""
     saved = _saved(_CLONE, work)
-
-    def clones() -> Sample:
-        with ExitStack() as stack:
-            checkpoint = stack.enter_context(vmferry.Checkpoint(saved))
-            arguments: Sequence[str] = [*_CLONE.arguments(work), "-incoming", "defer"]
-            machines = [stack.enter_context(QemuProcess(arguments)) for _ in range(_CLONES)]
-            restores = [
-                vmferry.Restore(checkpoint, f"unix:{work}/clone{n}", qmp=qemu.qmp, learn=False)
-                for n, qemu in enumerate(machines)
-            ]
-            began = time.time()
-            with ThreadPoolExecutor(_CLONES) as pool:
-                return {"seconds": max(pool.map(_ran_at, restores)) - began}
-
-    samples = Samples({"clones": clones}, rounds)
-    what = f"{_CLONES} clones of {_CLONE.memory} MiB at once, until the last one runs"
-    yield samples.row(
-        "restore/clones", what, "ms", "clones", milliseconds("seconds"), Target(200, most=True)
-    )
+    samples = Samples({"clones": partial(_cloned, work, saved)}, rounds)
+    name = f"{_CLONES} clones of {_CLONE.memory} MiB at once"
+    target = Target(200, most=True)
+    for quantity_of, what in (
+        ("last", "from the order until the last one runs"),
+        ("spread", "from the first one that runs to the last"),
+    ):
+        title, figure = f"{name}, {what}", milliseconds(quantity_of)
+        yield samples.row(f"restore/clones/{quantity_of}", title, "ms", "clones", figure, target)
+    what = f"{name}, memory of the server beside the page cache"
+    figure = quantity("memory")
+    target = Target(100, most=True)
+    yield samples.row("restore/clones/memory", what, "MB", "clones", figure, target)
 
 
-def _ran_at(restore: vmferry.Restore) -> float:
-    result = restore.run()
-    return time.time() - result.total + (result.running or 0.0)
+def _cloned(work: Path, saved: Path) -> Sample:
+    with ExitStack() as stack:
+        path = work / "server"
+        server = stack.enter_context(Process(command("serve", str(saved), str(path), "--json")))
+        server.event("listening")
+        machines = []
+        for number in range(_CLONES):
+            monitor = f"socket,id=more,path={work}/monitor{number},server=on,wait=off"
+            more = ("-chardev", monitor, "-mon", "chardev=more,mode=control")
+            arguments = [*_CLONE.arguments(work), "-incoming", "defer", *more]
+            machines.append(stack.enter_context(QemuProcess(arguments)))
+        sessions = [stack.enter_context(Qmp.connect(str(path))) for _ in machines]
+
+        def order(number: int) -> None:
+            uri, monitor = f"unix:{work}/clone{number}", f"{work}/monitor{number}"
+            order = {"uri": uri, "qmp": monitor, "working-set": False}
+            sessions[number].execute("restore", order)
+
+        began = time.time()
+        with ThreadPoolExecutor(_CLONES) as pool:
+            list(pool.map(order, range(_CLONES)))
+        ran = [_resumed(qemu) for qemu in machines]
+        for qemu in machines:
+            qemu.wait_migration(timeout=_TIMEOUT)
+        memory = server.anonymous() / 1e6
+        return {"last": max(ran) - began, "spread": max(ran) - min(ran), "memory": memory}
 
 
 def _linux(guest: LinuxGuest, work: Path, rounds: int) -> Iterator[Row]:
