@@ -18,7 +18,7 @@ from tests.transports.support import PROMPT, background, wait_until
 from vmferry.errors import ChannelClosed, PeerError, PeerSilent, Refused, StreamError, VmferryError
 from vmferry.migration.postcopy import server as postcopy_server
 from vmferry.migration.postcopy.left import Block
-from vmferry.migration.postcopy.server import PageServer, RamFormat, Service
+from vmferry.migration.postcopy.server import MemoryServer, RamFormat, Service
 from vmferry.migration.postcopy.source import LazyOptions, LazySource, Paused
 from vmferry.migration.progress import Meter
 from vmferry.transports import RateLimit, connect
@@ -104,14 +104,14 @@ SHORT = 0.3
 
 
 @contextmanager
-def served(tmp_path: Path) -> Iterator[tuple[Fetching, PageServer]]:
+def served(tmp_path: Path) -> Iterator[tuple[Fetching, MemoryServer]]:
     """A server of some pages that has begun, and its destination."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen(1)
         with connect(f"unix:{tmp_path}/socket") as channel:
             connection, _ = listener.accept()
-            server = PageServer(
+            server = MemoryServer(
                 [
                     Block(
                         RamBlock("pc.ram", 8 * PAGE_SIZE),

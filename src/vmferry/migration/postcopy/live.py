@@ -31,7 +31,7 @@ from vmferry.transports import Channel, RateLimit
 from vmferry.wire.commands import Ping, RamDiscard
 
 from .left import Block
-from .server import PageServer, RamFormat, Service, package_of
+from .server import MemoryServer, RamFormat, Service, package_of
 from .way import Way
 
 _RANGES: Final = 12
@@ -167,7 +167,7 @@ class Follow:
         self._meter = meter
         self._is_off = is_off
         self._destination: Identity | None = None
-        self._server = PageServer(
+        self._server = MemoryServer(
             blocks,
             ram,
             idle=way.idle,

@@ -112,7 +112,7 @@ def package_of(devices: Iterable[bytes]) -> bytes:
     return Package(b"".join(parts)).encode()
 
 
-class PageServer:
+class MemoryServer:
     """Serves the memory in *blocks* over the channels that it is attached to.
 
     *idle* is how many seconds the destination may read nothing, *answer* how many it may take for

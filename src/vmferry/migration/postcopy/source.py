@@ -37,7 +37,7 @@ from vmferry.wire.reader import VERSIONS
 from vmferry.wire.sections import Header, SectionStart
 
 from .left import Block, LazyStore
-from .server import PageServer, RamFormat, Service, package_of
+from .server import MemoryServer, RamFormat, Service, package_of
 
 
 class StoredMemory(PageStore, LazyStore, Protocol):
@@ -99,7 +99,7 @@ class LazySource:
         self._blocks = _blocks(machine, self._options.page_sizes)
         number = next(n for n in range(1 << 20) if n not in machine.numbers)
         self._ram = RamFormat(number, machine.page_size, machine.footers)
-        self._server = PageServer(
+        self._server = MemoryServer(
             self._blocks,
             self._ram,
             idle=self._options.idle,
