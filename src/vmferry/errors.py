@@ -211,6 +211,8 @@ class StorageError(VmferryError):
     """A file or directory could not be read or written as asked."""
 
     exit_status = 5
+    no_space = False
+    """Whether it was for want of room, which an operator can make."""
 
 
 class ImageInactive(StorageError):
@@ -243,7 +245,9 @@ def storage_error(where: str | Path, doing: str, error: OSError | int) -> Storag
     if isinstance(error, int):
         error = OSError(error, os.strerror(error))
     advice = _STORAGE_ADVICE.get(error.errno or 0, "")
-    return StorageError(f"{where}: cannot be {doing}: {error.strerror or error}{advice}")
+    found = StorageError(f"{where}: cannot be {doing}: {error.strerror or error}{advice}")
+    found.no_space = bool(advice)
+    return found
 
 
 def printable(name: str | bytes, limit: int = 255) -> str:

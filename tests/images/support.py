@@ -97,6 +97,23 @@ def on_small_file_system(directory: Path, script: str) -> str:
     return done.stdout
 
 
+@contextlib.contextmanager
+def block_device(file: Path) -> Iterator[str]:
+    """A block device that is kept in *file*."""
+    if not shutil.which("losetup"):
+        pytest.skip("losetup is missing: apt-get install mount")
+    done = subprocess.run(
+        ["losetup", "--find", "--show", file], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"there is no loop device: {done.stderr.strip()}")
+    device = done.stdout.strip()
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
 def _listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return not probe.connect_ex(str(path))

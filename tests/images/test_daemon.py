@@ -160,6 +160,28 @@ def test_faults_of_the_storage_behind_a_server(
             assert path.read_bytes()[:512] == b"y" * 512
 
 
+def test_read_that_fails_leaves_the_image_to_be_used(tmp_path: Path) -> None:
+    """QEMU's server hangs up on whoever lets it answer a read in pieces."""
+    path = make(tmp_path / "disk", "raw")
+    path.write_bytes(noise(1, SIZE))
+    fault = {"event": "none", "iotype": "read", "errno": 5, "once": True}
+    drive = {
+        "driver": "raw",
+        "file": {
+            "driver": "blkdebug",
+            "inject-error": [fault],
+            "image": {"driver": "file", "filename": str(path)},
+        },
+    }
+    with (
+        nbd_server("json:" + json.dumps(drive), at=tmp_path / "s") as uri,
+        open_image(uri, active=True) as image,
+    ):
+        with pytest.raises(StorageError, match="s: cannot be read: Input/output error"):
+            read(image)
+        assert read(image) == noise(1, SIZE)
+
+
 def test_server_that_dies_is_named(tmp_path: Path) -> None:
     path = make(tmp_path / "disk", "raw")
     with nbd_server("-f", "raw", str(path), at=tmp_path / "s") as uri:

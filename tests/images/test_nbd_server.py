@@ -169,6 +169,14 @@ def test_answers_in_any_order_are_good(tmp_path: Path, script: bytes, expected: 
             image.close()  # its flush is not answered
 
 
+def test_server_that_has_no_chunk_as_large_as_a_read_sends_several(tmp_path: Path) -> None:
+    opened = GREETING + STRUCTURED + CONTEXT + export(flags=FLAGS | 128) + DONE
+    pieces = data(0, b"one", flags=0, cookie=2) + data(3, b"two", cookie=2)
+    script = opened + failure(75, b"too large") + pieces
+    with saying(script + simple(cookie=3), tmp_path) as uri, open_image(uri, active=True) as image:
+        assert read(image, 0, 6) == b"onetwo"
+
+
 def test_server_without_structured_replies(tmp_path: Path) -> None:
     script = OPENED_SIMPLE + simple() + b"s" * 512 + simple(cookie=2) + simple(cookie=3)
     with saying(script, tmp_path) as uri, open_image(uri, active=True) as image:

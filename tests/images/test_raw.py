@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.images.support import SIZE, make, noise, on_small_file_system, read
+from tests.images.support import SIZE, block_device, make, noise, on_small_file_system, read
 from vmferry.errors import StorageError, UsageError
 from vmferry.images import Extent, open_image
 
@@ -132,26 +129,9 @@ def test_full_disk(tmp_path: Path) -> None:
     )
 
 
-@contextlib.contextmanager
-def _device(file: Path) -> Iterator[str]:
-    """A block device that is kept in *file*."""
-    if not shutil.which("losetup"):
-        pytest.skip("losetup is missing: apt-get install mount")
-    done = subprocess.run(
-        ["losetup", "--find", "--show", file], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"there is no loop device: {done.stderr.strip()}")
-    device = done.stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
-
-
 @pytest.mark.parametrize("direct", [False, True])
 def test_block_device(tmp_path: Path, direct: bool) -> None:
-    with _device(_file(tmp_path)) as device:
+    with block_device(_file(tmp_path)) as device:
         with open_image(device, active=True, direct=direct) as image:
             assert image.size == SIZE
             image.write(1000, noise(1, 100_000))
@@ -169,7 +149,7 @@ def test_block_device(tmp_path: Path, direct: bool) -> None:
 
 def test_device_that_fails(tmp_path: Path) -> None:
     path = _file(tmp_path)
-    with _device(path) as device, open_image(device, active=True) as image:
+    with block_device(path) as device, open_image(device, active=True) as image:
         os.truncate(path, 1 << 20)
         with pytest.raises(StorageError, match=f"{device}: cannot be read: Input/output error"):
             read(image, 2 << 20, 4096)

@@ -9,7 +9,14 @@ from uuid import UUID
 import pytest
 
 from vmferry.errors import MachineError, StorageError, UsageError
-from vmferry.machines import GuestConfig, MachineConfig, create, read_config
+from vmferry.machines import (
+    DiskConfig,
+    GuestConfig,
+    MachineConfig,
+    OnError,
+    create,
+    read_config,
+)
 from vmferry.machines.config import to_toml
 from vmferry.machines.guest.layout import Layout
 
@@ -34,6 +41,16 @@ def test_every_key(tmp_path: Path) -> None:
     hot = 0.5
     changed = 0.25
     heartbeat = 1
+    [[disk]]
+    file = "/a/disk.qcow2"
+    format = "qcow2"
+    read-only = true
+    direct = true
+    werror = "stop"
+    rerror = "ignore"
+    [[disk]]
+    file = "disk.raw"
+    share-rw = true
     """
     assert read(tmp_path, text) == MachineConfig(
         kind="unicorn",
@@ -43,11 +60,24 @@ def test_every_key(tmp_path: Path) -> None:
         guest=GuestConfig(
             working_set=16 * MIB, rate=200_000_000 // 4096, hot=0.5, changed=0.25, heartbeat=1.0
         ),
+        disk=(
+            DiskConfig(
+                file="/a/disk.qcow2",
+                format="qcow2",
+                read_only=True,
+                direct=True,
+                werror=OnError.STOP,
+                rerror=OnError.IGNORE,
+            ),
+            DiskConfig(file=str(tmp_path / "disk.raw"), share_rw=True),
+        ),
     )
 
 
 def test_every_key_has_a_default(tmp_path: Path) -> None:
     assert read(tmp_path, "") == MachineConfig()
+    disk = DiskConfig(file=str(tmp_path / "d"), werror=OnError.ENOSPC, rerror=OnError.REPORT)
+    assert read(tmp_path, "[[disk]]\nfile = 'd'").disk == (disk,)
     assert read(tmp_path, "[guest]\nrate = 'unlimited'\n") == MachineConfig()
     assert read(tmp_path, "ram = 8388608\n[guest]\nrate = 7").guest.rate == 7
 
@@ -76,6 +106,9 @@ def test_every_key_has_a_default(tmp_path: Path) -> None:
         ("[guest]\nhot = 'all'", "guest.hot: expected a number, found 'all'"),
         ("[guest]\nhot = nan", "guest.hot: expected a share of 0 to 1, found nan"),
         ("[guest]\nchanged = 0", "guest.changed: expected a share of 0.001 to 1, found 0"),
+        ("[[disk]]\nfile = 'd'\nwerror = 'never'", "disk.werror: expected report, ignore, enospc"),
+        ("[[disk]]\nfile = 'd'\nrerror = 'enospc'", "disk.rerror: expected report, ignore, stop"),
+        ("[[disk]]\nfile = 'd'\nshare-rw = 1", "disk.share-rw: expected true or false, found 1"),
         ("[guest]\nheartbeat = 0", "guest.heartbeat: expected 0.001 to 3600 seconds, found 0"),
     ],
 )

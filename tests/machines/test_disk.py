@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -9,11 +12,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.images.support import block_device, nbd_server
 from tests.transports.support import wait_until
-from vmferry.errors import StorageError
+from vmferry.errors import ImageLocked, StorageError
 from vmferry.images import open_image
-from vmferry.machines import DiskConfig, GuestConfig, MachineConfig, create
-from vmferry.machines.devices.disk import DISCARD, DONE, FAILED, FLUSH, READ, WRITE, Disk
+from vmferry.machines import DiskConfig, GuestConfig, IoError, MachineConfig, OnError, create
+from vmferry.machines.devices.disk import (
+    DISCARD,
+    DONE,
+    FAILED,
+    FLUSH,
+    READ,
+    WRITE,
+    Action,
+    Disk,
+    IoStatus,
+)
 
 SIZE = 64 << 10
 RAM = 1 << 16
@@ -42,27 +56,39 @@ class Driver:
         disk.start()
 
     def request(self, kind: int, offset: int, address: int, length: int) -> int:
+        place = self.ask(kind, offset, address, length)
+        wait_until(lambda: self.disk.read(32, 8) == self.head, LONG)
+        return int.from_bytes(self.ram.bytes[place + 4 : place + 8], "little")
+
+    def ask(self, kind: int, offset: int, address: int, length: int) -> int:
+        """Put a request into the ring; where it is."""
         place = RING + self.head % 4 * 32
         self.ram.bytes[place : place + 32] = struct.pack("<IIQQQ", kind, 0, offset, address, length)
         self.head += 1
         self.disk.write(24, 4, self.head & 0xFFFFFFFF)
         self.disk.write(28, 4, self.head >> 32)
-        wait_until(lambda: self.disk.read(32, 8) == self.head, LONG)
-        return int.from_bytes(self.ram.bytes[place + 4 : place + 8], "little")
+        return place
 
 
 @pytest.fixture
-def failures() -> list[StorageError]:
+def failures() -> list[IoError]:
     return []
 
 
 @pytest.fixture
-def driver(tmp_path: Path, failures: list[StorageError]) -> Iterator[Driver]:
+def driver(tmp_path: Path, failures: list[IoError]) -> Iterator[Driver]:
     path = tmp_path / "disk"
     path.write_bytes(bytes(SIZE))
+    with driven(str(path), failures) as driver:
+        yield driver
+
+
+@contextlib.contextmanager
+def driven(where: str, failures: list[IoError], *, direct: bool = False) -> Iterator[Driver]:
+    """The driver of a disk on the image *where*."""
     ram = Ram()
-    with open_image(path, active=True) as image:
-        disk = Disk(image, ram, failures.append, SIZE, 0)
+    with open_image(where, active=True, direct=direct) as image:
+        disk = Disk(image, ram, failures.append, image.size, 0)
         yield Driver(disk, ram)
         disk.close()
 
@@ -120,9 +146,115 @@ def test_ring_that_cannot_be(driver: Driver, ring: int, entries: int) -> None:
     assert driver.disk.read(32, 8) == 0
 
 
-def test_write_that_fails_is_told_and_done_again(
-    driver: Driver, failures: list[StorageError], monkeypatch: pytest.MonkeyPatch
+@contextlib.contextmanager
+def failing(directory: Path, iotype: str, number: int) -> Iterator[str]:
+    """An image on the server of QEMU, whose driver ``blkdebug`` fails it once with an errno."""
+    path = directory / "disk"
+    path.write_bytes(b"data" * (SIZE // 4))
+    drive = {
+        "driver": "raw",
+        "file": {
+            "driver": "blkdebug",
+            "inject-error": [{"event": "none", "iotype": iotype, "errno": number, "once": True}],
+            "image": {"driver": "file", "filename": str(path)},
+        },
+    }
+    arguments = ["--discard=unmap", "json:" + json.dumps(drive)]
+    with nbd_server(*arguments, at=directory / "s") as uri:
+        yield uri
+
+
+EIO, ENOSPC = 5, 28
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    ("kind", "policy", "number", "action"),
+    [
+        (WRITE, OnError.REPORT, ENOSPC, Action.REPORT),
+        (WRITE, OnError.IGNORE, EIO, Action.IGNORE),
+        (WRITE, OnError.ENOSPC, EIO, Action.REPORT),
+        (WRITE, OnError.ENOSPC, ENOSPC, Action.STOP),
+        (WRITE, OnError.STOP, EIO, Action.STOP),
+        (DISCARD, OnError.STOP, EIO, Action.STOP),
+        (DISCARD, OnError.REPORT, EIO, Action.REPORT),
+        (READ, OnError.REPORT, EIO, Action.REPORT),
+        (READ, OnError.IGNORE, EIO, Action.IGNORE),
+        (READ, OnError.STOP, EIO, Action.STOP),
+    ],
+)
+def test_error_of_the_storage_is_treated_as_asked(
+    tmp_path: Path,
+    failures: list[IoError],
+    kind: int,
+    policy: OnError,
+    number: int,
+    action: Action,
 ) -> None:
+    iotype = {WRITE: "write", READ: "read", DISCARD: "discard"}[kind]
+    with failing(tmp_path, iotype, number) as uri, driven(uri, failures) as driver:
+        disk = driver.disk
+        setattr(disk, "rerror" if kind == READ else "werror", policy)
+        assert driver.request(FLUSH, 0, 0, 0) == DONE
+        if action is not Action.STOP:
+            answer = driver.request(kind, 0, 0x4000, 4096)
+            assert answer == (FAILED if action is Action.REPORT else DONE)
+            assert disk.io_status is IoStatus.OK
+        else:
+            place = driver.ask(kind, 0, 0x4000, 4096)
+            wait_until(lambda: disk.io_status is not IoStatus.OK, LONG)
+            assert disk.io_status == ("nospace" if number == ENOSPC else "failed")
+            driver.disk.write(24, 8, driver.head)  # the guest looks again: that is no new try
+            disk.stop()
+            assert disk.read(32, 8) == 1
+            assert not any(driver.ram.bytes[place + 4 : place + 8])
+            disk.start()
+            wait_until(lambda: disk.read(32, 8) == driver.head, LONG)
+            assert driver.ram.bytes[place + 4] == DONE
+            assert disk.io_status is IoStatus.OK
+        (failure,) = failures
+        assert (failure.is_read, failure.action) == (kind == READ, action)
+        assert uri in str(failure.error)
+        assert failure.error.no_space is (number == ENOSPC)
+
+
+def test_device_that_cannot_be_read_stops_the_machine(
+    tmp_path: Path, failures: list[IoError]
+) -> None:
+    """A loop device whose file was cut: the kernel says EIO, until the file is as it was."""
+    path = tmp_path / "disk"
+    path.write_bytes(b"data" * (SIZE // 4))
+    with block_device(path) as device, driven(device, failures, direct=True) as driver:
+        driver.disk.rerror = OnError.STOP
+        os.truncate(path, 0)
+        driver.ask(READ, SIZE // 2, 0x4000, 4096)
+        wait_until(lambda: driver.disk.io_status is IoStatus.FAILED, LONG)
+        assert f"{device}: cannot be read: Input/output error" in str(failures[0].error)
+        driver.disk.stop()
+        path.write_bytes(b"data" * (SIZE // 4))
+        driver.disk.start()
+        wait_until(lambda: driver.disk.read(32, 8) == 1, LONG)
+        assert driver.ram.bytes[0x4000:0x5000] == b"data" * 1024
+
+
+@pytest.mark.parametrize("kind", [READ, WRITE, FLUSH, DISCARD])
+def test_inactive_image_stops_the_machine_whatever_is_asked_for(
+    driver: Driver, failures: list[IoError], kind: int
+) -> None:
+    """The guest is not to go on here with what it is told of a disk that is elsewhere."""
+    driver.disk.werror = driver.disk.rerror = OnError.REPORT
+    driver.disk.image.inactivate()
+    driver.ask(kind, 0, 0x4000, 512)
+    wait_until(lambda: bool(failures), LONG)
+    assert failures[0].action is Action.STOP
+    driver.disk.stop()
+    assert driver.disk.read(32, 8) == 0
+
+
+def test_write_that_fails_is_told_and_done_again(
+    driver: Driver, failures: list[IoError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.disk.werror = OnError.STOP
     done = threading.Event()
 
     def fail(*_: object, **__: object) -> None:
@@ -137,7 +269,7 @@ def test_write_that_fails_is_told_and_done_again(
         assert done.wait(LONG)
         driver.disk.stop()
         assert driver.disk.read(32, 8) == 0
-        assert "RuntimeError" in str(failures[0])
+        assert "RuntimeError" in str(failures[0].error)
     driver.disk.start()
     wait_until(lambda: driver.disk.read(32, 8) == 1, LONG)
 
@@ -157,3 +289,18 @@ def test_image_that_changed_its_size_meanwhile_is_refused(tmp_path: Path) -> Non
         machine.images[0].activate()
         with pytest.raises(StorageError, match="made larger or smaller"):
             machine.start()
+
+
+def test_machines_share_an_image_where_all_of_them_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(SIZE))
+    guest = GuestConfig(working_set=64 << 10)
+
+    def machine(*, share_rw: bool) -> MachineConfig:
+        disk = DiskConfig(file=str(path), share_rw=share_rw)
+        return MachineConfig(ram=4 << 20, guest=guest, disk=(disk,))
+
+    with create(machine(share_rw=True), serial=lambda _: None):
+        create(machine(share_rw=True), serial=lambda _: None).close()
+        with pytest.raises(ImageLocked, match="write"):
+            create(machine(share_rw=False), serial=lambda _: None)

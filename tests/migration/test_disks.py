@@ -187,28 +187,6 @@ def test_two_machines_cannot_have_the_same_disk(tmp_path: Path) -> None:
             pass
 
 
-def test_write_that_fails_stops_the_machine_until_it_can_be_done(tmp_path: Path) -> None:
-    machine = config(tmp_path)
-    with Host(machine) as here:
-        here.console.wait_filled()
-        image = here.machine.images[0]
-        write = image.write
-
-        def fail(*_: Any, **__: Any) -> None:
-            raise StorageError(f"{image.name}: stands for a full disk")
-
-        image.write = fail  # type: ignore[method-assign]
-        wait_until(lambda: here.state == "io-error" and not here.machine.running, LONG)
-        image.write = write  # type: ignore[method-assign]
-        here.control.cont()
-        here.console.wait_beat()
-        here.console.wait_beat()
-        here.console.check()
-        here.control.stop()
-        image.inactivate()
-        journal(machine)
-
-
 # Processes that are killed
 
 

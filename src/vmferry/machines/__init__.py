@@ -22,12 +22,15 @@ from .board import HostedMachine
 from .bus import DeviceBus
 from .config import DiskConfig, GuestConfig, MachineConfig, read_config
 from .cpu import Bus, CpuHost
+from .devices.disk import IoError, OnError
 
 __all__ = [
     "DiskConfig",
     "GuestConfig",
     "HostedMachine",
+    "IoError",
     "MachineConfig",
+    "OnError",
     "create",
     "read_config",
     "usable_kind",
@@ -35,27 +38,40 @@ __all__ = [
 
 
 def create(
-    config: MachineConfig, *, serial: Callable[[bytes], None], awaited: bool = False
+    config: MachineConfig,
+    *,
+    serial: Callable[[bytes], None],
+    io_error: Callable[[IoError], None] | None = None,
+    awaited: bool = False,
 ) -> HostedMachine:
     """The machine that *config* describes, at rest and with empty memory.
 
     Its images are active; those of one that is *awaited* from elsewhere are not.  *serial* is
     called with what the guest sends, in the thread of a vCPU: it must neither wait nor call the
-    machine.  ``auto`` is KVM where that works, and else Unicorn.  Raises
+    machine.  *io_error* is told of each request of a disk that its storage refused, in the thread
+    of the disk, and has the machine paused by another thread where that is the action; without it
+    the machine pauses itself.  ``auto`` is KVM where that works, and else Unicorn.  Raises
     :class:`~vmferry.errors.MachineError` where this host cannot run it, with what is missing, and
     :class:`~vmferry.errors.StorageError` for an image that cannot be opened.
     """
     kind = usable_kind() if config.kind == "auto" else config.kind
     with ExitStack() as undo:
         images = [undo.enter_context(_opened(disk, active=not awaited)) for disk in config.disk]
-        machine = HostedMachine(config, _HOSTS[kind], serial=serial, images=images)
+        machine = HostedMachine(
+            config, _HOSTS[kind], serial=serial, io_error=io_error, images=images
+        )
         undo.pop_all()
         return machine
 
 
 def _opened(disk: DiskConfig, *, active: bool) -> Image:
     return open_image(
-        disk.file, active=active, format=disk.format, read_only=disk.read_only, direct=disk.direct
+        disk.file,
+        active=active,
+        format=disk.format,
+        read_only=disk.read_only,
+        share_write=disk.share_rw,
+        direct=disk.direct,
     )
 
 

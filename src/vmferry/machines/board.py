@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Final, Self
 from uuid import UUID
 
-from vmferry.errors import MachineError, StorageError
+from vmferry.errors import MachineError
 from vmferry.images import Image
 from vmferry.memory import DirtyLog, GuestMemory, open_dirty_log
 from vmferry.migration.registry import Registry
@@ -32,7 +32,7 @@ from .cpu import Bus, CpuHost
 from .cpu_state import CpuState
 from .devices.clock import RealTimeClock
 from .devices.debug_exit import DebugExit
-from .devices.disk import SECTOR, Disk
+from .devices.disk import SECTOR, Disk, IoError
 from .devices.serial import Serial
 from .devices.timer import IntervalTimer, RestPorts
 from .guest.layout import Layout
@@ -53,7 +53,8 @@ class HostedMachine:
     Made at rest, with empty memory: :meth:`start` runs a fresh guest, or its state is loaded and
     :meth:`resume` goes on with it.  What *serial* is called with is what the guest sends; it is
     called in the thread of a vCPU, and must neither wait nor call the machine.  Its disks are on
-    *images*, which belong to it: they are closed with it.
+    *images*, which belong to it: they are closed with it.  *io_error* is as in
+    :func:`~vmferry.machines.create`.
     """
 
     name: Final = NAME
@@ -64,13 +65,13 @@ class HostedMachine:
         make_host: Callable[[Bus], CpuHost],
         *,
         serial: Callable[[bytes], None],
+        io_error: Callable[[IoError], None] | None = None,
         images: Sequence[Image] = (),
     ) -> None:
         self.config = config
         self.images: Final = tuple(images)
         """The images of its disks; active before it runs."""
-        self.disk_error: StorageError | None = None
-        """Why a disk has stopped the machine; until it runs again."""
+        self._io_error = io_error or self._stop_for_disk
         self.layout: Final = Layout.of(config)
         self.uuid: UUID | None = config.uuid
         self.registry = Registry()
@@ -84,8 +85,8 @@ class HostedMachine:
             for image in images:
                 stack.callback(image.close)
             self.memory = stack.enter_context(GuestMemory())
-            self._disks = [self._disk(number, image) for number, image in enumerate(images)]
-            for disk in self._disks:
+            self.disks: Final = tuple(self._disk(number) for number in range(len(images)))
+            for disk in self.disks:
                 stack.callback(disk.close)
             host = make_host(self._bus())
             stack.callback(host.close)
@@ -103,7 +104,7 @@ class HostedMachine:
 
     def _bus(self) -> DeviceBus:
         clock = RealTimeClock(self._timer.now)
-        for device in (self._timer, self.serial, clock, self._exit, *self._disks):
+        for device in (self._timer, self.serial, clock, self._exit, *self.disks):
             self.registry.register(device)
         timers = TIMER + TIMER_STRIDE * self.config.cpus
         return DeviceBus(
@@ -117,19 +118,21 @@ class HostedMachine:
                 (range(TIMER, timers), self._timer),
                 *(
                     (range(place := DISK + n * DISK_STRIDE, place + DISK_STRIDE), disk)
-                    for n, disk in enumerate(self._disks)
+                    for n, disk in enumerate(self.disks)
                 ),
             ],
         )
 
-    def _disk(self, number: int, image: Image) -> Disk:
-        return Disk(image, self, self._disk_failed, image.size, int(image.read_only), number)
+    def _disk(self, number: int) -> Disk:
+        image, wanted = self.images[number], self.config.disk[number]
+        disk = Disk(image, self, self._io_error, image.size, int(image.read_only), number)
+        disk.werror, disk.rerror = wanted.werror, wanted.rerror
+        return disk
 
-    def _disk_failed(self, error: StorageError) -> None:
-        """A write was not done: stop, as the guest must not go on without it."""
-        self.disk_error = error
-        # In the thread of the disk, for which a pause waits.
-        threading.Thread(target=self.pause, name="stop for a disk", daemon=True).start()
+    def _stop_for_disk(self, error: IoError) -> None:
+        if error.stops():
+            # This is the thread of the disk, for which a pause waits.
+            threading.Thread(target=self.pause, name="stop for a disk", daemon=True).start()
 
     def at(self, address: int, length: int) -> memoryview | None:
         """See :class:`~.devices.disk.Ram`."""
@@ -177,11 +180,10 @@ class HostedMachine:
                 self._over.set()
             if self.running or self._over.is_set():
                 return
-            for disk in self._disks:
+            for disk in self.disks:
                 disk.check()
-            self.disk_error = None
             self._timer.start()
-            for disk in self._disks:
+            for disk in self.disks:
                 disk.start()
             self._runner.resume()
             self.running = True
@@ -195,7 +197,7 @@ class HostedMachine:
         """Stop all vCPUs and guest time; when this returns nothing changes any more."""
         with self._lock:
             self._runner.pause()
-            for disk in self._disks:
+            for disk in self.disks:
                 disk.stop()
             self._timer.stop()
             self.running = False

@@ -20,6 +20,9 @@
     format = "raw"              # or qcow2, and any other that QEMU knows
     read-only = false
     direct = false              # pass the host's page cache by
+    share-rw = false            # let others write it at the same time; raw only
+    werror = "enospc"           # a write that fails: report, ignore, enospc or stop
+    rerror = "report"           # a read that fails: report, ignore or stop
 
     [ownership]                 # who may run the machine is kept here, and decides
     store = "file:/shared/vm.owner"     # or etcd://HOST:PORT/KEY, or none; default: beside the
@@ -41,6 +44,8 @@ from uuid import UUID
 from vmferry.errors import StorageError, UsageError
 from vmferry.ownership.store import open_store, record_beside
 from vmferry.units import format_size, parse_rate, parse_size
+
+from .devices.disk import OnError
 
 PAGE: Final = 4096
 NOBODY: Final = "none"
@@ -90,12 +95,20 @@ class GuestConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskConfig:
-    """A disk: the path of its image, or an NBD URI."""
+    """A disk: the path of its image, or an NBD URI; what it does is called as QEMU calls it."""
 
     file: str
     format: str = "raw"
     read_only: bool = False
     direct: bool = False
+    share_rw: bool = False
+    werror: OnError = OnError.ENOSPC
+    rerror: OnError = OnError.REPORT
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` for what cannot be."""
+        if self.rerror is OnError.ENOSPC:
+            raise UsageError("rerror: expected report, ignore, stop, found 'enospc'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +238,10 @@ def _disks(values: object) -> list[DiskConfig]:
         read = _read(value, DiskConfig, _DISK, "disk.")
         if not read.get("file"):
             raise UsageError("expected the file of a disk, found none")
-        disks.append(DiskConfig(**read))
+        try:
+            disks.append(DiskConfig(**read))
+        except UsageError as error:
+            raise UsageError(f"disk.{error}") from error
     return disks
 
 
@@ -263,7 +279,7 @@ def _read(
         except UsageError as error:
             text = str(error)
             raise UsageError(
-                text if text.startswith("guest.") else f"{prefix}{key}: {text}"
+                text if text.startswith(("guest.", "disk.")) else f"{prefix}{key}: {text}"
             ) from error
     return read
 
@@ -278,6 +294,13 @@ def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise UsageError(f"expected true or false, found {value!r}")
     return value
+
+
+def _on_error(value: object) -> OnError:
+    try:
+        return OnError(_text(value))
+    except ValueError as error:
+        raise UsageError(f"expected {', '.join(OnError)}, found {value!r}") from error
 
 
 def _integer(value: object) -> int:
@@ -325,6 +348,9 @@ _DISK: Final[Mapping[str, Convert]] = {
     "format": _text,
     "read_only": _flag,
     "direct": _flag,
+    "share_rw": _flag,
+    "werror": _on_error,
+    "rerror": _on_error,
 }
 _GUEST: Final[Mapping[str, Convert]] = {
     "working_set": _size,

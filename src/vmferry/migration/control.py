@@ -58,6 +58,7 @@ class RunState(StrEnum):
     PAUSED = "paused"
     INMIGRATE = "inmigrate"
     FINISH_MIGRATE = "finish-migrate"
+    IO_ERROR = "io-error"
     POSTMIGRATE = "postmigrate"
 
 
@@ -95,6 +96,7 @@ class Control:
         self._progress = Progress("setup")
         self._statistics: Statistics | None = None
         self._given_away = False
+        self._io_error = False
         self._watchers: list[SimpleQueue[Event]] = []
         self._error: Exception | None = None
         self._address = ""
@@ -132,7 +134,12 @@ class Control:
             return RunState.INMIGRATE
         if self._track.current in UNDER_WAY and self._source and self._source.has_stopped:
             return RunState.FINISH_MIGRATE
-        return RunState.PAUSED
+        return self._stands_as
+
+    @property
+    def _stands_as(self) -> RunState:
+        """What a machine does that is here and does not run."""
+        return RunState.IO_ERROR if self._io_error else RunState.PAUSED
 
     @property
     def status(self) -> Status:
@@ -160,6 +167,20 @@ class Control:
         if was_running:
             self._tell(Stopped())
 
+    def io_error(self, is_so: Callable[[], bool]) -> None:
+        """Stop the machine for a disk that failed: ``io-error`` until ``cont``.
+
+        A machine that stands still already is left as it is; so is one where that is no longer so,
+        as it was stopped meanwhile and goes on.  Not for the thread of the disk, which has to be
+        done with the request when the machine stops.
+        """
+        with self._lock:
+            if not self.machine.running or not is_so():
+                return
+            self.machine.pause()
+            self._io_error = True
+        self._tell(Stopped())
+
     def cont(self) -> None:
         """``cont``: let the machine run.
 
@@ -178,7 +199,7 @@ class Control:
             was_running = self.machine.running
             activate_all(self.machine.images)
             self.machine.resume()
-            self._given_away = False
+            self._given_away = self._io_error = False
         if not was_running:
             self._tell(Resumed())
         return None
@@ -211,6 +232,7 @@ class Control:
                 statistics=statistics,
                 tell=self._tell,
                 lock=self._lock,
+                stands_as=lambda: self._stands_as,
                 ownership=self._ownership,
             )
             self._source, self._statistics, self._destination = source, statistics, None
@@ -499,7 +521,10 @@ class Control:
 
     def _claim(self, sink: MachineSink) -> None:
         """Take the disks, unless the machine is to stand still and that is to wait as well."""
-        if sink.runs or Capability.LATE_BLOCK_ACTIVATE not in self.capabilities:
+        if (
+            sink.run_state == RunState.RUNNING
+            or Capability.LATE_BLOCK_ACTIVATE not in self.capabilities
+        ):
             activate_all(self.machine.images)
         else:
             inactivate_all(self.machine.images)  # those that came with it are active
@@ -508,7 +533,8 @@ class Control:
         """The machine is this side's."""
         with self._lock:
             self._awaited = False
-            if sink.runs:
+            self._io_error = sink.run_state == RunState.IO_ERROR
+            if sink.run_state == RunState.RUNNING:
                 self.machine.resume()
                 self._tell(Resumed())
 

@@ -32,7 +32,7 @@ _ZEROES: Final = memoryview(mmap(-1, CHUNK, MAP_PRIVATE | MAP_ANONYMOUS)).toread
 
 
 def disk_name(number: int) -> str:
-    """What the disk on a machine's image *number* is called in the stream."""
+    """What the disk on a machine's image *number* is called, in the stream and by operators."""
     return f"disk{number}"
 
 

@@ -60,7 +60,7 @@ class LiveSource:
     *parameters* is asked whenever one counts, so they may change meanwhile.  *track* is moved from
     ``setup`` to where the machine can be given away; its end is the caller's to say.  *tell* is
     told what happens besides.  *lock*, a reentrant one, is held by whoever stops the machine or
-    lets it run.
+    lets it run.  *stands_as* is the run state of the machine where it does not run.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class LiveSource:
         statistics: Statistics,
         tell: Callable[[Event], None],
         lock: AbstractContextManager[object],
+        stands_as: Callable[[], str],
         ownership: Ownership | None = None,
     ) -> None:
         machine.registry.check_migratable()
@@ -82,6 +83,7 @@ class LiveSource:
         self._parameters = parameters
         self._tell = tell
         self._lock = lock
+        self._stands_as = stands_as
         self._capabilities = capabilities
         self._pauses = Capability.PAUSE_BEFORE_SWITCHOVER in capabilities
         self._ignores_shared = Capability.IGNORE_SHARED in capabilities
@@ -375,6 +377,7 @@ class LiveSource:
                 raise ChannelClosed("the migration was cancelled on this side")
             # Somebody may have paused it meanwhile.
             self._outgoing.was_running = self._machine.running
+            self._outgoing.stood_as = self._stands_as()
             self.has_stopped = True
             # The limit is for the time when the machine runs.
             self._source.limit.rate = None

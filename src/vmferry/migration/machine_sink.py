@@ -27,7 +27,7 @@ from .incoming_disks import IncomingDisks
 from .loading import Staging, load_piece
 from .machine import LiveMachine
 from .registry import Handler, Registry
-from .run_state import RunState
+from .run_state import RUNNING, RunState
 from .runs import Runs
 
 
@@ -40,7 +40,7 @@ class MachineSink:
     def __init__(self, machine: LiveMachine, disks: IncomingDisks | None = None) -> None:
         self._machine = machine
         self._disks = disks
-        self._run_state = RunState.of(running=True)
+        self._run_state = RunState.of(RUNNING)
         behind = Registry()
         behind.register(self._run_state)
         self._staging = Staging(machine.registry, behind)
@@ -174,6 +174,6 @@ class MachineSink:
         """Nothing: the machine does not run, and is loaded once."""
 
     @property
-    def runs(self) -> bool:
-        """Whether the machine ran before it was stopped for the migration."""
-        return self._run_state.running
+    def run_state(self) -> str:
+        """What the machine did before it was stopped for the migration."""
+        return self._run_state.name

@@ -16,7 +16,7 @@ from .machine import LiveMachine
 from .outgoing import PageStore
 from .pieces import Pieces
 from .registry import Registry
-from .run_state import RunState
+from .run_state import PAUSED, RUNNING, RunState
 from .saving import Description, closing_description, device_sections
 
 
@@ -33,6 +33,8 @@ class MachineSource:
         self._machine = machine
         self.was_running = machine.running
         """Whether it ran when it was stopped for the switchover, or before that does."""
+        self.stood_as = PAUSED
+        """Its run state if it did not."""
         self._ignore_shared = Capability.IGNORE_SHARED in capabilities
         self.configuration = Configuration(
             machine.name,
@@ -61,7 +63,7 @@ class MachineSource:
     def _saved(self) -> list[tuple[bytes, Description]]:
         registry = self._machine.registry
         behind = Registry()
-        behind.register(RunState.of(running=self.was_running))
+        behind.register(RunState.of(RUNNING if self.was_running else self.stood_as))
         first = len(registry.handlers)
         last = first + len(registry.devices)
         return [*device_sections(registry, first), *device_sections(behind, last)]

@@ -14,6 +14,7 @@ _SIZE: Final = 100
 
 RUNNING: Final = "running"
 PAUSED: Final = "paused"
+IO_ERROR: Final = "io-error"
 
 
 @device("globalstate", version=1)
@@ -25,17 +26,17 @@ class RunState:
     text: Annotated[bytes, Buffer(_SIZE)] = bytes(_SIZE)
 
     @classmethod
-    def of(cls, *, running: bool) -> RunState:
-        """The state of a machine that runs, or stands still."""
-        name = (RUNNING if running else PAUSED).encode() + b"\0"
+    def of(cls, state: str) -> RunState:
+        """One of the three that a machine can be loaded in."""
+        name = state.encode() + b"\0"
         return cls(len(name), name.ljust(_SIZE, b"\0"))
 
     @property
-    def running(self) -> bool:
-        """Whether the machine goes on where it is loaded."""
-        return self.text.rstrip(b"\0").decode() == RUNNING
+    def name(self) -> str:
+        """The name: where it is ``running`` the machine goes on where it is loaded."""
+        return self.text.rstrip(b"\0").decode()
 
     def post_load(self, _version: int) -> None:
         """Refuse what is no run state of a machine that can be loaded."""
-        if self.text.rstrip(b"\0") not in {RUNNING.encode(), PAUSED.encode()}:
-            raise ValueError("the run state is running or paused")
+        if self.text.rstrip(b"\0") not in {s.encode() for s in (RUNNING, PAUSED, IO_ERROR)}:
+            raise ValueError("the run state is running, paused or io-error")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Final, Self
 
 from vmferry.errors import MachineError, UsageError
 from vmferry.images import activate_all, inactivate_all
-from vmferry.machines import HostedMachine, MachineConfig, create
+from vmferry.machines import HostedMachine, IoError, MachineConfig, create
 from vmferry.machines.guest.console import Console
 from vmferry.machines.observer import check
 from vmferry.migration.control import Control, RunState
@@ -19,6 +21,7 @@ from vmferry.migration.events import WARNING
 from vmferry.migration.status import Status
 from vmferry.ownership.engine import Ownership
 from vmferry.ownership.store import open_store
+from vmferry.qemu.block import block_io_error, query_block
 from vmferry.qemu.commands import Command
 from vmferry.qemu.messages import Object
 from vmferry.qemu.monitor import GREETING, machine_commands
@@ -34,7 +37,6 @@ ERROR: Final = "host-error"
 """Why a machine is over, in QEMU's words (``ShutdownCause`` in ``qapi/run-state.json``)."""
 
 IN_DOUBT: Final = "in-doubt"
-IO_ERROR: Final = "io-error"
 
 CHECK: Final = "x-vmferry-check"
 """The command of the monitor that looks for what is wrong in the memory of a stopped machine."""
@@ -97,6 +99,7 @@ class Host:
             create(
                 self._config,
                 serial=self._take_serial,
+                io_error=self._io_failed,
                 # With a record of the owner nothing is touched before that is known.
                 awaited=awaited or self._config.owner_store is not None,
             )
@@ -118,6 +121,7 @@ class Host:
         if self._monitor is not None:
             commands = machine_commands(self.control, uuid=self._config.uuid)
             commands[CHECK] = Command(lambda _: self._check())
+            commands["query-block"] = Command(lambda _: query_block(self.machine), at_once=True)
             self._server = cleanup.enter_context(
                 QmpServer(self._monitor, commands, greeting=GREETING, leave=self._quit)
             )
@@ -152,8 +156,6 @@ class Host:
     @property
     def state(self) -> str:
         """QEMU's run state of the machine, or ``in-doubt`` where it may run on the other side."""
-        if self.machine.disk_error is not None:
-            return IO_ERROR
         return IN_DOUBT if self.control.in_doubt else str(self.control.run_state)
 
     def wait(self, changed: Callable[[str], None] | None = None) -> str:
@@ -208,6 +210,13 @@ class Host:
         if machine.running:
             raise UsageError("the machine runs, so that its memory cannot be checked: stop it")
         return {"findings": [str(finding) for finding in findings]}
+
+    def _io_failed(self, error: IoError) -> None:
+        self._notify("BLOCK_IO_ERROR", block_io_error(error))
+        if error.stops():
+            # This is the thread of the disk, for which a pause waits.
+            stop = partial(self.control.io_error, error.stops)
+            threading.Thread(target=stop, name="io-error", daemon=True).start()
 
     def _quit(self) -> None:
         self._reasons.put(QUIT)

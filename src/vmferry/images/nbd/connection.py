@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
@@ -54,8 +55,21 @@ class NbdConnection:
         """See :meth:`Access.read`."""
         while into:
             part, into = cut(into, self._terms.most)
-            self._request(Command.READ, offset, total(part), into=part)
+            self._read(offset, part)
             offset += total(part)
+
+    def _read(self, offset: int, into: Views) -> None:
+        if Export.DF in self._terms.flags:
+            # QEMU answers a read that fails with an error only where it is not to be fragmented,
+            # and else hangs up (7.2, ``nbd_co_send_sparse_read`` in ``nbd/server.c``).
+            try:
+                self._request(Command.READ, offset, total(into), flags=CommandFlag.DF, into=into)
+            except OSError as error:
+                if error.errno != errno.EOVERFLOW:  # too much for one chunk
+                    raise
+            else:
+                return
+        self._request(Command.READ, offset, total(into), into=into)
 
     def write(self, offset: int, data: Views, *, durable: bool = False) -> None:
         """See :meth:`Access.write`."""

@@ -83,6 +83,7 @@ class Export(IntFlag):
     FUA = 8
     TRIM = 32
     WRITE_ZEROES = 64
+    DF = 128
 
 
 class Command(IntEnum):
@@ -103,6 +104,8 @@ class CommandFlag(IntFlag):
     NONE = 0
     FUA = 1
     NO_HOLE = 2
+    DF = 4
+    """Do not fragment: a read is answered by one chunk."""
 
 
 class Chunk(IntEnum):

@@ -28,10 +28,12 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Annotated, Any, Final, Protocol
 
-from vmferry.errors import MachineError, StorageError
+from vmferry.errors import ImageInactive, MachineError, StorageError
 from vmferry.images import Image
+from vmferry.migration.disks import disk_name
 from vmferry.vmstate import U8, U32, U64, Local, device, equal
 
 READ, WRITE, FLUSH, DISCARD = range(4)
@@ -44,6 +46,49 @@ _MAX_LENGTH: Final = 1 << 20
 _LOW: Final = (1 << 64) - 1
 
 
+class OnError(StrEnum):
+    """What to do with a request that the storage refuses: QEMU's ``werror`` and ``rerror``."""
+
+    REPORT = "report"
+    """The guest is told."""
+    IGNORE = "ignore"
+    """The guest is told that it was done."""
+    ENOSPC = "enospc"
+    """The machine stops where there is no room, and else the guest is told; for writes only."""
+    STOP = "stop"
+    """The machine stops."""
+
+
+class Action(StrEnum):
+    """What was done: QEMU's ``BlockErrorAction``."""
+
+    REPORT = "report"
+    IGNORE = "ignore"
+    STOP = "stop"
+
+
+class IoStatus(StrEnum):
+    """QEMU's ``BlockDeviceIoStatus``: why a disk has stopped its machine."""
+
+    OK = "ok"
+    FAILED = "failed"
+    NO_SPACE = "nospace"
+
+
+@dataclass(frozen=True, slots=True)
+class IoError:
+    """A request that the storage refused."""
+
+    disk: Disk
+    is_read: bool
+    action: Action
+    error: StorageError
+
+    def stops(self) -> bool:
+        """Whether the machine is to stand still for it, and has not gone on since."""
+        return self.action is Action.STOP and self.disk.io_status is not IoStatus.OK
+
+
 class Ram(Protocol):
     """Physical memory, for devices that read and write it themselves."""
 
@@ -54,15 +99,16 @@ class Ram(Protocol):
 @device("disk", version=1)
 @dataclass(slots=True)
 class Disk:
-    """A disk on *image*; ``failed`` is called with the error of a write that was not done.
+    """A disk on *image*; ``failed`` is told, in its thread, of what the storage refused.
 
-    Then the machine is to be stopped; the request is done again when it goes on (QEMU's
-    ``werror=stop``).  A read that fails is told to the guest.
+    Where the action is to stop, whoever is told has the machine paused, by another thread.  The
+    disk does nothing meanwhile, and the request once more when the machine goes on.  ``werror`` is
+    for whatever is no read.
     """
 
     image: Local[Image]
     ram: Local[Ram]
-    failed: Local[Callable[[StorageError], None]]
+    failed: Local[Callable[[IoError], None]]
     capacity: Annotated[U64, equal]
     read_only: Annotated[U8, equal]
     number: Annotated[U32, equal] = 0
@@ -71,10 +117,23 @@ class Disk:
     head: U64 = 0
     tail: U64 = 0
     low: U32 = 0
+    werror: Local[OnError] = OnError.ENOSPC
+    rerror: Local[OnError] = OnError.REPORT
+    io_status: Local[IoStatus] = IoStatus.OK
     worker: Local[Any] = field(default=None)
 
     def __post_init__(self) -> None:
         self.worker = Worker(self._next, f"disk-{self.number}")
+
+    @property
+    def name(self) -> str:
+        """What it is called in the stream, and to operators."""
+        return disk_name(self.number)
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether an error may stop the machine, and ``io_status`` say so."""
+        return self.werror in {OnError.ENOSPC, OnError.STOP} or self.rerror is OnError.STOP
 
     def post_load(self, _version: int) -> None:
         """Refuse a ring that no guest can have made."""
@@ -121,6 +180,7 @@ class Disk:
 
     def start(self) -> None:
         """Do requests; the image is active."""
+        self.io_status = IoStatus.OK
         self.worker.resume()
 
     def stop(self) -> None:
@@ -133,6 +193,8 @@ class Disk:
 
     def _next(self) -> bool:
         """Do the next request, in the thread; whether there was one."""
+        if self.io_status is not IoStatus.OK:
+            return False
         waiting = (self.head - self.tail) & _LOW
         if not self.entries or not 0 < waiting <= self.entries:
             return False
@@ -147,14 +209,26 @@ class Disk:
         except Exception as error:  # noqa: BLE001 - whatever it is, the guest must not go on
             if not isinstance(error, StorageError):
                 error = StorageError(f"{self.image.name}: {type(error).__name__}: {error}")
-            if kind != READ:
-                self.failed(error)
+            action = self._action(error, is_read=kind == READ)
+            if action is Action.STOP:
+                self.io_status = IoStatus.NO_SPACE if error.no_space else IoStatus.FAILED
+            self.failed(IoError(self, kind == READ, action, error))
+            if action is Action.STOP:
                 return False
-            done = False
+            done = action is Action.IGNORE
         self.tail = (self.tail + 1) & _LOW
         # The guest looks for this, so it comes last.
         place[4:8] = (DONE if done else FAILED).to_bytes(4, "little")
         return True
+
+    def _action(self, error: StorageError, *, is_read: bool) -> Action:
+        match self.rerror if is_read else self.werror:
+            case _ if isinstance(error, ImageInactive):
+                return Action.STOP  # the machine is not to run here at all
+            case OnError.ENOSPC:
+                return Action.STOP if error.no_space else Action.REPORT
+            case wanted:
+                return Action(wanted)
 
     def _do(self, kind: int, offset: int, address: int, length: int) -> bool:
         """Do a request; false for one that makes no sense."""
