@@ -78,7 +78,7 @@ def command(
         bool,
         typer.Option(
             "--copy-storage",
-            help="Copy the disks first, by mirrors over NBD that last until the switchover (QEMU).",
+            help="Copy the disks first, by mirrors over NBD that last until the switchover.",
         ),
     ] = False,
     destination_qmp: Annotated[

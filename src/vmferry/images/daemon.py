@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import stat
-import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
-from vmferry.errors import ImageLocked, StorageError, UsageError
+from vmferry.errors import ImageLocked, StorageError
 
+from .daemon_process import DaemonProcess, daemon_command
 from .image import Extent
 from .nbd.storage import open_export
 from .raw import drop_cache
@@ -34,10 +31,6 @@ from .storage import Access, Views
 _EXPORT: Final = "image"
 _START: Final = 60.0
 """Seconds for the daemon to open the image."""
-_END: Final = 60.0
-"""Seconds for it to write what the format writes at its end."""
-_WORDS: Final = 2000
-"""How much of the end of its output goes into an error."""
 
 
 class DaemonStorage:
@@ -72,20 +65,24 @@ class DaemonStorage:
         return self._start(read_only=True, force_share=True)
 
     def _start(self, *, read_only: bool, force_share: bool) -> Access:
-        is_device = stat.S_ISBLK(self.path.stat().st_mode)
-        node = {
-            "driver": self._driver,
-            "node-name": _EXPORT,
-            "read-only": read_only,
-            "force-share": force_share,
-            "discard": "unmap",
-            "cache": {"direct": self._direct},
-            "file": {
-                "driver": "host_device" if is_device else "file",
-                "filename": str(self.path.absolute()),
-            },
-        }
+        node = block_node(_EXPORT, self.path, self._driver, direct=self._direct)
+        node |= {"read-only": read_only, "force-share": force_share}
         return _DaemonAccess(self.name, node, read_only=read_only)
+
+
+def block_node(name: str, path: Path, driver: str, *, direct: bool = False) -> dict[str, object]:
+    """QEMU's options for a node *name* on the image in the file *path*."""
+    is_device = stat.S_ISBLK(path.stat().st_mode)
+    return {
+        "driver": driver,
+        "node-name": name,
+        "discard": "unmap",
+        "cache": {"direct": direct},
+        "file": {
+            "driver": "host_device" if is_device else "file",
+            "filename": str(path.absolute()),
+        },
+    }
 
 
 class _DaemonAccess:
@@ -154,15 +151,11 @@ class _DaemonAccess:
             raise
 
 
-def _start(name: str, node: dict[str, object], *, writable: bool) -> tuple[_Process, socket.socket]:
+def _start(
+    name: str, node: dict[str, object], *, writable: bool
+) -> tuple[DaemonProcess, socket.socket]:
     """A daemon, and a connection to it, which nobody else can have: its socket has no name left."""
-    program, guard = shutil.which("qemu-storage-daemon"), shutil.which("setpriv")
-    if program is None or guard is None:
-        missing = "setpriv (util-linux)" if program else "qemu-storage-daemon"
-        raise UsageError(
-            f"{name}: a {node['driver']} image needs {missing}, which cannot be found; it comes "
-            "with QEMU (Debian: qemu-system-common)"
-        )
+    daemon = daemon_command(f"{name}: a {node['driver']} image")
     export = {
         "type": "nbd",
         "id": _EXPORT,
@@ -183,86 +176,11 @@ def _start(name: str, node: dict[str, object], *, writable: bool) -> tuple[_Proc
         connection.settimeout(_START)
         address = {"type": "fd", "str": str(listener.fileno())}
         command = [
-            *(guard, "--pdeathsig", "KILL", program),
+            *daemon,
             *("--blockdev", json.dumps(node)),
             *("--nbd-server", json.dumps({"addr": address, "max-connections": 1})),
             *("--export", json.dumps(export)),
         ]
-        process = _Process(command, listener.fileno())
+        process = DaemonProcess(command, listener.fileno())
         undo_connection.pop_all()
     return process, connection
-
-
-class _Process:
-    """A process that does not outlive this one, and the thread that keeps it.
-
-    The kernel kills it when the thread that started it ends (``PR_SET_PDEATHSIG``), which
-    therefore waits for it.
-    """
-
-    def __init__(self, command: Sequence[str], inherited: int) -> None:
-        self._output = os.memfd_create("output", os.MFD_CLOEXEC)
-        self._started = Future[subprocess.Popen[bytes]]()
-        self._keeper = threading.Thread(
-            target=self._keep, args=(command, inherited), name="image daemon", daemon=True
-        )
-        self._keeper.start()
-        try:
-            self._process = self._started.result()
-        except BaseException:
-            os.close(self._output)
-            raise
-
-    def _keep(self, command: Sequence[str], inherited: int) -> None:
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=self._output,
-                pass_fds=(inherited,),
-                start_new_session=True,
-            )
-        except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
-            self._started.set_exception(error)
-            return
-        self._started.set_result(process)
-        process.wait()
-
-    def last_words(self) -> str:
-        """Why it ended, if it did."""
-        self._keeper.join(1)
-        if self._keeper.is_alive():
-            return ""
-        words = self._said()
-        return words or f"qemu-storage-daemon ended with status {self._process.returncode}"
-
-    def end(self) -> str:
-        """Have it end by itself; its complaint, if there was one.  Idempotent."""
-        if self._output < 0:
-            return ""
-        with suppress(ProcessLookupError):
-            self._process.terminate()
-        self._keeper.join(_END)
-        late = self._keeper.is_alive()
-        words = "qemu-storage-daemon did not end in time" if late else self._said()
-        status = self._process.returncode
-        self.kill()
-        return words or (f"qemu-storage-daemon ended with status {status}" if status else "")
-
-    def kill(self) -> None:
-        """Have it ended.  Idempotent."""
-        if self._output < 0:
-            return
-        with suppress(ProcessLookupError):
-            self._process.kill()
-        self._keeper.join()
-        os.close(self._output)
-        self._output = -1
-
-    def _said(self) -> str:
-        """The end of its output, without the options in it, on one line."""
-        size = os.fstat(self._output).st_size
-        text = os.pread(self._output, _WORDS, max(size - _WORDS, 0)).decode(errors="replace")
-        lines = (line.rpartition("}: ")[2].strip() for line in text.splitlines())
-        return "; ".join(line for line in lines if line)

@@ -239,15 +239,19 @@ class Control:
             self._begin(track, lambda: self._run_source(source))
 
     def _check_record(self) -> None:
+        if Capability.BLOCK in self.capabilities:
+            self.check_disks_may_move()
+
+    def check_disks_may_move(self) -> None:
         """Refuse to move disks whose sides cannot have the same record; found late otherwise."""
-        if self._ownership is None or Capability.BLOCK not in self.capabilities:
+        if self._ownership is None:
             return
         record = self._ownership.store.uri
         if record in {record_beside(image.name) for image in self.machine.images}:
             raise UsageError(
-                f"{record}: with block each side has images of its own, and the record of who owns"
-                " the machine cannot be beside one: let [ownership] name a place that both sides"
-                ' reach, or store = "none"'
+                f"{record}: each side has images of its own, and the record of who owns the machine"
+                " cannot be beside one: let [ownership] name a place that both sides reach, or"
+                ' store = "none"'
             )
 
     def _connect(self, uri: str) -> Connect:

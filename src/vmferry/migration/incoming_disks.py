@@ -8,23 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from itertools import groupby
 from typing import Final
-
-import numpy as np
 
 from vmferry.errors import PeerError, StorageError, StreamError, printable
 from vmferry.images import Image, activate_all
 from vmferry.images.changes import CHUNK
-from vmferry.pages import zero_pages
+from vmferry.images.filling import clear, fill
 from vmferry.wire.disk import DiskChunk
 
 from .disks import disk_name
-
-_PIECE: Final = 1 << 16
-"""Zeroes in pieces of this many bytes take no storage: a cluster of qcow2, as QEMU makes them."""
-
-_PIECES: Final = np.arange(CHUNK // _PIECE, dtype=np.uint64)
 
 _UNFLUSHED: Final = 64 << 20
 """Bytes after which what was written is made durable, beside what still comes."""
@@ -66,9 +58,9 @@ class IncomingDisks:
         self._came[chunk.disk][chunk.offset // CHUNK] = 1
         length = min(CHUNK, image.size - chunk.offset)
         if chunk.data is None:
-            _clear(image, chunk.offset, length)
+            clear(image, chunk.offset, length)
         else:
-            _write(image, chunk.offset, memoryview(chunk.data), length)
+            fill(image, chunk.offset, memoryview(chunk.data), length)
             self._unflushed += length
         if self._unflushed >= _UNFLUSHED:
             self.flush()
@@ -130,25 +122,3 @@ class IncomingDisks:
     def _flush(self) -> None:
         for image in self._wanted.values():
             image.flush()
-
-
-def _write(image: Image, offset: int, data: memoryview, length: int) -> None:
-    """Write the first *length* bytes of a chunk; long runs of zeroes take no storage."""
-    zero = np.empty(len(_PIECES), np.uint8)
-    if not zero_pages(data, _PIECES, _PIECE, zero):
-        image.write(offset, data[:length])
-        return
-    at = 0
-    for is_zero, pieces in groupby(zero.tolist()):
-        end = min(at + len(list(pieces)) * _PIECE, length)
-        if is_zero:
-            _clear(image, offset + at, end - at)
-        else:
-            image.write(offset + at, data[at:end])
-        if (at := end) == length:
-            return
-
-
-def _clear(image: Image, offset: int, length: int) -> None:
-    if any(True for _ in image.allocated(offset, length)):
-        image.write_zeroes(offset, length)

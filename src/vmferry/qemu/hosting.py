@@ -22,7 +22,9 @@ from vmferry.migration.status import Status
 from vmferry.ownership.engine import Ownership
 from vmferry.ownership.store import open_store
 from vmferry.qemu.block import block_io_error, query_block
+from vmferry.qemu.block_jobs import BlockJobs
 from vmferry.qemu.commands import Command
+from vmferry.qemu.exports import Exports, Served
 from vmferry.qemu.messages import Object
 from vmferry.qemu.monitor import GREETING, machine_commands
 from vmferry.qemu.server import QmpServer
@@ -122,6 +124,7 @@ class Host:
             commands = machine_commands(self.control, uuid=self._config.uuid)
             commands[CHECK] = Command(lambda _: self._check())
             commands["query-block"] = Command(lambda _: query_block(self.machine), at_once=True)
+            commands |= self._disk_commands(cleanup)
             self._server = cleanup.enter_context(
                 QmpServer(self._monitor, commands, greeting=GREETING, leave=self._quit)
             )
@@ -129,6 +132,20 @@ class Host:
             self.machine.start()
         elif self._incoming != DEFER:
             self.address = self.control.incoming(self._incoming)
+
+    def _disk_commands(self, cleanup: ExitStack) -> dict[str, Command]:
+        """To mirror the disks, or to have them filled by mirrors."""
+        pairs = zip(self.machine.disks, self._config.disk, strict=True)
+        served = {disk.name: Served(disk.image, one.file, one.format) for disk, one in pairs}
+        exports = Exports(
+            served,
+            lambda: self.control.run_state is RunState.INMIGRATE,
+            self.control.check_disks_may_move,
+        )
+        cleanup.callback(exports.close)
+        jobs = BlockJobs(self.machine.images, self._notify)
+        cleanup.callback(jobs.close)
+        return jobs.commands() | exports.commands()
 
     def _owned(self) -> Ownership | None:
         config = self._config

@@ -1,4 +1,4 @@
-"""Disks that move with a machine between two QEMUs, by mirrors over NBD.
+"""Disks that move with a machine by mirrors over NBD, between QEMUs or machines of vmferry.
 
 What libvirt does for ``--copy-storage-all``: the destination serves its empty disks by NBD, the
 source mirrors its own onto them until both are alike, and the mirrors end at the moment between the
@@ -31,7 +31,7 @@ _SETTLE: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """A disk of a QEMU; ``key`` is what both sides call it, ``node`` what it is there."""
+    """A disk; ``key`` is what both sides call it, ``node`` what it is there."""
 
     key: str
     node: str
@@ -251,7 +251,7 @@ def _disks(qmp: Qmp) -> Iterator[Disk]:
         named = node if node and not node.startswith("#") else ""
         key = str(entry.get("device") or named or entry.get("qdev") or "")
         size = inserted.get("image", {}).get("virtual-size", 0)
-        yield Disk(key, node, int(size), bool(inserted.get("ro")))
+        yield Disk(key, node or key, int(size), bool(inserted.get("ro")))
 
 
 def _address(place: str) -> dict[str, Any]:
