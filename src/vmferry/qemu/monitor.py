@@ -107,6 +107,7 @@ def _recover(control: Control, arguments: Object) -> None:
 def _migrate(control: Control, arguments: Object) -> None:
     # In QMP a migration is always detached, whatever is said.
     if wanted := [name for name in ("blk", "inc") if arguments.get(name)]:
-        raise UsageError(f"{wanted[0]} is not supported by vmferry (yet)")
+        instead = {"blk": "the capability block", "inc": "the parameter block-incremental"}
+        raise UsageError(f"{wanted[0]} is deprecated in QEMU, too: set {instead[wanted[0]]}")
     begin = control.resume if arguments.get("resume") else control.migrate
     begin(arguments["uri"])
