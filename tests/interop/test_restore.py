@@ -249,6 +249,9 @@ def test_what_was_wanted_is_shown(lab: Lab) -> None:
     content = json.loads(vmferry_command(*arguments, "--json").stdout)
     assert content["restores"] == 2
     assert content["pages"] == sum(content["blocks"].values())
+    counts = [pages for _, pages in content["within_ms"]]
+    assert 0 < counts[-1] <= content["pages"]
+    assert counts == sorted(counts)
     assert 0 < content["share"] < 1
     assert 0 < content["coverage"] <= 1
     assert "learned in 2 restores" in vmferry_command(*arguments).stdout

@@ -32,6 +32,9 @@ _PATIENCE: Final = 30.0
 _AGAIN: Final = 0.5
 """Seconds before a restore that was broken off is taken up again."""
 
+_MOMENTS: Final = (10, 100, 1000)
+"""Milliseconds."""
+
 _BUCKETS: Final = (10, 20, 40, 80, 160, 320, 640, 1280, 2560, 5120, 10240)
 """Bounds of the histogram of service times, in microseconds."""
 
@@ -143,7 +146,8 @@ class Restore:
             self._done = True
             if self._learn and source.service.loaded is not None:
                 found = iter(source.service.asked)
-                asked = [(n, unit * per_unit[n]) for n, unit in zip(found, found, strict=True)]
+                moments = zip(found, found, source.service.asked_at, strict=True)
+                asked = [(n, unit * per_unit[n], when) for n, unit, when in moments]
                 working_set.write(self._checkpoint.path, known.after(asked, held))
         return self._restored(source.service, time.time() - began, began, waiting)
 
@@ -222,8 +226,9 @@ class Restore:
 def survey_working_set(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is known of the pages that the machine wants first, as plain data.
 
-    ``coverage`` is the share of what was wanted at the last restore that had been sent before it
-    was asked for; ``None`` before there were two.
+    ``within_ms`` has pairs of milliseconds since the connection and how many pages had been wanted
+    by then; ``coverage`` is the share of what was wanted at the last restore that had been sent
+    before it was asked for; ``None`` before there were two.
     """
     known = _known(checkpoint)
     size = checkpoint.page_size
@@ -234,6 +239,10 @@ def survey_working_set(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": len(known.entries) * size,
         "share": len(known.entries) * size / total if total else 0.0,
         "restores": known.restores,
+        "within_ms": [
+            [bound, int(np.count_nonzero(known.entries["when"] <= bound * 1000))]
+            for bound in _MOMENTS
+        ],
         "coverage": known.coverage,
         "blocks": {
             block.name: count

@@ -32,14 +32,15 @@ NAME: Final = "working-set.bin"
 _MAX: Final = 1 << 20
 """Pages in a set, 4 GiB of small ones."""
 
-_MAGIC: Final = b"vmferry working set 1\n".ljust(24, b"\0")
+_MAGIC: Final = b"vmferry working set 2\n".ljust(24, b"\0")
 _HEAD: Final = struct.Struct("<24sIIII")
 """Magic, entries behind the head, and the three numbers of the last restores; little-endian."""
 
 _SAMPLE: Final = 16
 _TRUST: Final = 2
 
-_ENTRY: Final = np.dtype([("block", "<u2"), ("page", "<u4"), ("trust", "u1")])
+_ENTRY: Final = np.dtype([("block", "<u2"), ("page", "<u4"), ("trust", "u1"), ("when", "<u4")])
+_LATE: Final = 0xFFFFFFFF
 
 Entries = npt.NDArray[np.void]
 
@@ -47,6 +48,8 @@ Entries = npt.NDArray[np.void]
 @dataclass(frozen=True, slots=True)
 class WorkingSet:
     """Pages in the order in which they were wanted; a page is a target page of a block.
+
+    ``when`` of an entry is in microseconds since the connection, as it was asked for the last time.
 
     ``restores`` counts those that it is made of; in the last of them ``pushed`` pages were sent
     before anybody asked, and ``asked`` were asked for.
@@ -71,22 +74,29 @@ class WorkingSet:
         held = set(pages[self.restores % _SAMPLE :: _SAMPLE]) if self.restores > 1 else set()
         return [page for page in pages if page not in held], held
 
-    def after(self, asked: Sequence[tuple[int, int]], held: set[tuple[int, int]]) -> WorkingSet:
-        """The set behind a restore in which *asked* were asked for, in this order."""
-        wanted = dict.fromkeys(asked)
+    def after(
+        self, asked: Sequence[tuple[int, int, float]], held: set[tuple[int, int]]
+    ) -> WorkingSet:
+        """The set behind a restore in which *asked* were asked for, in this order.
+
+        Block, page, and seconds since the connection.
+        """
+        wanted: dict[tuple[int, int], int] = {}
+        for block, page, seconds in asked:
+            wanted.setdefault((block, page), min(int(seconds * 1e6), _LATE))
+        count = len(wanted)
         rows = []
-        for block, page, trust in self.entries.tolist():
+        for block, page, trust, when in self.entries.tolist():
             if (block, page) in wanted:
-                rows.append((block, page, _TRUST))
-                del wanted[block, page]
+                rows.append((block, page, _TRUST, wanted.pop((block, page))))
             elif (block, page) not in held:
-                rows.append((block, page, trust))
+                rows.append((block, page, trust, when))
             elif trust > 1:
-                rows.append((block, page, trust - 1))
-        rows += [(block, page, _TRUST) for block, page in wanted]
+                rows.append((block, page, trust - 1, when))
+        rows += [(block, page, _TRUST, when) for (block, page), when in wanted.items()]
         pushed = len(self.entries) - len(held)
         entries = np.array(rows[:_MAX], _ENTRY)
-        return WorkingSet(entries, self.restores + 1, len(set(asked)), pushed)
+        return WorkingSet(entries, self.restores + 1, count, pushed)
 
 
 def read(directory: Path, pages: Sequence[int]) -> WorkingSet:

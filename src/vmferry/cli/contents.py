@@ -164,6 +164,8 @@ def working_set(content: dict[str, Any]) -> Iterator[str]:
     )
     for block, pages in content["blocks"].items():
         yield f"  {name(block)}: {pages:,} pages"
+    moments = [f"{pages:,} within {bound} ms" for bound, pages in content["within_ms"]]
+    yield f"wanted since the connection: {', '.join(moments)}"
     learned = f"learned in {content['restores']} restores"
     if content["coverage"] is not None:
         learned += (

@@ -75,8 +75,8 @@ class Service:
     """What was asked for and how fast it was answered; times in seconds since the connection.
 
     ``asked`` has block number and unit of each page that was asked for and not sent before, one
-    behind the other, up to :data:`MOST_ASKED` of them.  ``loaded`` is when the destination said
-    that all devices are loaded, after which it runs.
+    behind the other, up to :data:`MOST_ASKED` of them, and ``asked_at`` when.  ``loaded`` is when
+    the destination said that all devices are loaded, after which it runs.
     """
 
     requests: int = 0
@@ -84,6 +84,7 @@ class Service:
     pages: int = 0
     loaded: float | None = None
     asked: array[int] = field(default_factory=lambda: array("Q"))
+    asked_at: array[float] = field(default_factory=lambda: array("d"))
     took: array[float] = field(default_factory=lambda: array("d"))
 
 
@@ -345,8 +346,9 @@ class MemoryServer:
                 service.requests += 1
                 asked = self.left.ask(block, start, length)
                 service.late += not asked
-                if len(service.asked) < 2 * MOST_ASKED:
+                if len(service.asked_at) < MOST_ASKED:
                     service.asked.extend(chain.from_iterable(asked))
+                    service.asked_at.extend([self._received - self._began] * len(asked))
             case Pong(value) if value == LOADED and service.loaded is None:
                 service.loaded = time.perf_counter() - self._began
                 self._loaded()
