@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.machines import EMPTY, FULL, QUICK, Guest, Source, destination, source
-from bench.measure import Row, Sample, Samples, Target, milliseconds, pace
+from bench.measure import Row, Sample, Samples, Target, milliseconds, pace, quantity
 from bench.places import Places
 from bench.processes import Process, cpu_of, vmferry, warm_memory
 from vmferry.machines.guest.console import Console
@@ -50,6 +50,7 @@ def rows(where: Places, *, rounds: int, quick: bool) -> Iterator[Row]:
     yield from _empty(empty, where, rounds, quick=quick)
     yield from _downtime(full, where, 2 if quick else _MOVES)
     yield from _postcopy(full, where, rounds)
+    yield from _limited(full, where, rounds)
     yield from _cancel(full, where, rounds)
 
 
@@ -123,6 +124,23 @@ class Ours:
             "downtime": answer["downtime"] / 1e3,
             "anonymous": most,
         }
+
+    def limited(self, uri: str, limit: int) -> tuple[float, float]:
+        """Move the machine at *limit* bytes a second; the least and the most within any second."""
+        qmp = self._qmp
+        qmp.execute("migrate-set-parameters", {"max-bandwidth": limit})
+        qmp.execute("migrate", {"uri": uri})
+        seen: list[tuple[float, int]] = []
+        while (now := qmp.execute("query-migrate"))["status"] in {"setup", "active"}:
+            if "ram" in now:
+                seen.append((time.perf_counter(), now["ram"]["transferred"]))
+            time.sleep(0.01)
+        rates = []
+        for start, (began, before) in enumerate(seen):
+            following = ((at, sent) for at, sent in seen[start:] if at - began >= 1)
+            if (end := next(following, None)) is not None:
+                rates.append((end[1] - before) / (end[0] - began))
+        return min(rates), max(rates)
 
     def cancel(self, uri: str) -> float:
         """Begin to move the machine and think better of it; how many seconds that took."""
@@ -368,6 +386,25 @@ def _postcopy(guest: Guest, where: Places, rounds: int) -> Iterator[Row]:
     target = Target(20, most=True)
     figure = milliseconds("downtime")
     yield samples.row("live/postcopy/downtime", what, "ms", "postcopy", figure, target)
+
+
+def _limited(guest: Guest, where: Places, rounds: int) -> Iterator[Row]:
+    """How well a limit is held, over every second of a migration."""
+    work, uri = where.work, f"unix:{where.work}/live"
+    limit = guest.fill * _PAGE // 4
+
+    def limited() -> Sample:
+        with ours(guest, work, "here") as machine, ours(guest, work, "there", uri=uri):
+            machine.stop()
+            least, most = machine.limited(uri, limit)
+            return {"least": least / limit, "most": most / limit}
+
+    samples = Samples({"limited": limited}, rounds)
+    what = f"a limit of {limit / 1e6:.0f} MB/s: the most within any second, of the limit"
+    target = Target(1.05, most=True)
+    yield samples.row("live/limit/most", what, "", "limited", quantity("most"), target)
+    what = "the same: the least within any second, of the limit"
+    yield samples.row("live/limit/least", what, "", "limited", quantity("least"), Target(0.95))
 
 
 def _cancel(guest: Guest, where: Places, rounds: int) -> Iterator[Row]:
