@@ -37,7 +37,8 @@ class Mirror:
 
     With *own* only what *source* has itself is copied, and not what its backing file has.
     *changed* is told of each status, in that thread.  ``total`` grows with what is written, as
-    QEMU counts; ``done`` is what has been copied.
+    QEMU counts; ``done`` is what has been copied.  Without an ``error`` behind its end both were
+    alike then.
     """
 
     def __init__(
@@ -83,14 +84,14 @@ class Mirror:
         self._woken.set()
 
     def cancel(self) -> None:
-        """End it, whatever has been copied."""
+        """End it, whatever has been copied: that is an error of it, as it is no copy."""
         self._is_unwanted = True
         self._woken.set()
 
-    def close(self) -> None:
-        """Cancel it, and wait for its end."""
-        self.cancel()
-        self._thread.join()
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for its end, *timeout* seconds at most; whether it has ended."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -109,8 +110,7 @@ class Mirror:
         extents = self._source.allocated(own=self._own)
         extent = next(extents, None)
         for start in range(0, size, CHUNK):
-            if self._is_unwanted:
-                return
+            self._check_wanted()
             while extent is not None and extent.end <= start:
                 extent = next(extents, None)
             length = min(CHUNK, size - start)
@@ -122,12 +122,12 @@ class Mirror:
             self._unsent -= length
 
     def _follow(self, log: ChangeLog) -> None:
-        while not self._is_unwanted:
+        while True:
+            self._check_wanted()
             is_last = self._is_last
             numbers = log.take()
             for number in numbers:
-                if self._is_unwanted:
-                    return
+                self._check_wanted()
                 start = number * CHUNK
                 self._copy(start, min(CHUNK, self._source.size - start))
             if numbers:
@@ -139,6 +139,10 @@ class Mirror:
                 self._reach(MirrorStatus.READY)
             self._woken.wait(_LOOK)
             self._woken.clear()
+
+    def _check_wanted(self) -> None:
+        if self._is_unwanted:
+            raise VmferryError("it was cancelled")
 
     def _copy(self, start: int, length: int) -> None:
         data = self._buffer
