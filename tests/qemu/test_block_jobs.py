@@ -116,6 +116,29 @@ def test_two_mirrors_do_not_share_a_target(mirrored: Mirrored, servers: Servers)
         mirrored.mirror(name="other")
 
 
+def test_mirror_is_ready_though_its_disk_is_written_all_the_time(
+    mirrored: Mirrored, servers: Servers
+) -> None:
+    """What is left at any moment is copied within another one, when the machine stands still."""
+    mirrored.add(servers.start())
+    image = mirrored.host.machine.images[1]
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            for offset in range(0, image.size - 512, 1 << 20):
+                image.write(offset, b"written" * 10)
+
+    writer = threading.Thread(target=work)
+    writer.start()
+    try:
+        mirrored.mirror()
+        mirrored.wait_for("ready", 20.0)
+    finally:
+        done.set()
+        writer.join()
+
+
 def test_server_that_hangs_holds_nothing_else(mirrored: Mirrored, servers: Servers) -> None:
     address = servers.start()
     mirrored.add(address)

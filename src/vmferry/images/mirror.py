@@ -7,6 +7,7 @@ a first pass, and then what was written meanwhile, again and again.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
@@ -22,13 +23,16 @@ from .image import Image
 _LOOK: Final = 0.02
 """Seconds between two looks at what was written."""
 
+_MOMENT: Final = 0.1
+"""Seconds that copying what is left may take, where both sides count as alike."""
+
 
 class MirrorStatus(StrEnum):
     """Those of QEMU's ``JobStatus`` that there are."""
 
     RUNNING = "running"
     READY = "ready"
-    """Both are alike, but for what was written in the last moment."""
+    """Both are alike, but for what was written in a last moment."""
     CONCLUDED = "concluded"
 
 
@@ -125,18 +129,20 @@ class Mirror:
         while True:
             self._check_wanted()
             is_last = self._is_last
+            begun = time.monotonic()
             numbers = log.take()
             for number in numbers:
                 self._check_wanted()
                 start = number * CHUNK
                 self._copy(start, min(CHUNK, self._source.size - start))
+            is_near = time.monotonic() - begun <= _MOMENT
+            if self.status is MirrorStatus.RUNNING and is_near:
+                self._target.flush()
+                self._reach(MirrorStatus.READY)
             if numbers:
                 continue
             if is_last:
                 return
-            if self.status is MirrorStatus.RUNNING:
-                self._target.flush()
-                self._reach(MirrorStatus.READY)
             self._woken.wait(_LOOK)
             self._woken.clear()
 
