@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from tests.migration.test_own_disks import SIZES, config, fill, writing
+from tests.qemu.test_hosted_mirror import storage_daemons
 from tests.transports.support import wait_until
+from vmferry.errors import TransportError
 from vmferry.images import open_image
 from vmferry.qemu import Qmp, QmpError
 from vmferry.qemu.block_jobs import BlockJobs
@@ -235,3 +237,25 @@ def test_senseless_servers(mirrored: Mirrored, server: dict[str, str], export: s
     assert "bug" not in str(caught.value)
     with pytest.raises(QmpError, match="no node"):
         mirrored.qmp.execute("blockdev-del", {"node-name": "a"})
+
+
+def test_daemon_that_hangs_holds_no_other_command(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        host = stack.enter_context(
+            Host(config(tmp_path, "disk"), incoming="defer", monitor=f"{tmp_path}/qmp")
+        )
+        qmp, other = (stack.enter_context(Qmp.connect(f"{tmp_path}/qmp")) for _ in range(2))
+        address = {"type": "unix", "data": {"path": f"{tmp_path}/nbd"}}
+        qmp.execute("nbd-server-start", {"addr": address})
+        (daemon,) = storage_daemons()
+        os.kill(daemon, signal.SIGSTOP)
+        export = {"type": "nbd", "id": "a", "node-name": "disk0", "writable": True}
+        with pytest.raises(TransportError, match="silent"):
+            qmp.execute("block-export-add", export, timeout=0.5)
+        other.execute("migrate-incoming", {"uri": f"unix:{tmp_path}/channel"}, timeout=PROMPT)
+        assert host.state == "inmigrate"
+        os.kill(daemon, signal.SIGCONT)
+        other.execute("nbd-server-stop")
+        with pytest.raises(QmpError, match="no NBD server"):
+            qmp.execute("block-export-add", export)
+    assert not storage_daemons()
