@@ -23,6 +23,9 @@ from .image import Image
 _LOOK: Final = 0.02
 """Seconds between two looks at what was written."""
 
+_SECTOR: Final = 512
+"""QEMU serves whole sectors of a raw file of any size; unasked it writes nothing behind its end."""
+
 _MOMENT: Final = 0.1
 """Seconds that copying what is left may take, where both sides count as alike."""
 
@@ -37,12 +40,12 @@ class MirrorStatus(StrEnum):
 
 
 class Mirror:
-    """Copies *source* onto *target*, which is active and as large, in a thread of its own.
+    """Copies *source* onto *target*, which is active, in a thread of its own.
 
-    With *own* only what *source* has itself is copied, and not what its backing file has.
-    *changed* is told of each status, in that thread.  ``total`` grows with what is written, as
-    QEMU counts; ``done`` is what has been copied.  Without an ``error`` behind its end both were
-    alike then.
+    *target* is as large, or ends with the sector in which *source* does.  With *own* only what
+    *source* has itself is copied, and not what its backing file has.  *changed* is told of each
+    status, in that thread.  ``total`` grows with what is written, as QEMU counts; ``done`` is what
+    has been copied.  Without an ``error`` behind its end both were alike then.
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Mirror:
         own: bool = False,
         changed: Callable[[MirrorStatus], None] = lambda _: None,
     ) -> None:
-        if source.size != target.size:
+        if target.size not in {source.size, -(-source.size // _SECTOR) * _SECTOR}:
             raise StorageError(
                 f"{target.name}: expected {source.size} bytes, as {source.name} has, found"
                 f" {target.size}"
