@@ -272,6 +272,38 @@ def test_command_that_returns_leaves_a_process_that_serves(lab: Lab) -> None:
     lab.assert_counts(vm, after)
 
 
+def test_what_a_qemu_says_is_not_taken_for_what_the_command_says(lab: Lab) -> None:
+    """As which VNC server it runs, or the serial port of the guest."""
+    source = lab.source()
+    checkpoint = lab.receive(source)
+    directory = lab.directory()
+    qemu = ["sh", "-c", 'echo "VNC server running" $1; shift; exec "$@"', "sh", "--quiet"]
+    qemu += ["qemu-system-x86_64", *PC.arguments(directory), "-display", "none"]
+    qemu += ["-chardev", f"file,id=s,path={directory}/serial", "-serial", "chardev:s"]
+    arguments = ["restore", str(checkpoint.path), "--background", "--json", "--", *qemu]
+    said = directory / "said"
+    with said.open("wb") as file:  # what is left behind has it open, too
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            timeout=60,
+            check=False,
+            env=environment(),
+        )
+    assert done.returncode == 0, said.read_text()
+    assert "VNC server running --quiet" in said.read_text()
+    result = json.loads(done.stdout)
+    try:
+        assert result["ok"]
+        serial = directory / "serial"
+        wait_until(lambda: serial.exists() and b"C " in serial.read_bytes())
+    finally:
+        os.kill(result["pid"], signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{result['pid']}/exe").exists())
+
+
 def test_destination_that_dies_ends_the_restore(lab: Lab) -> None:
     checkpoint = lab.receive(lab.source())
     vm = lab.destination()

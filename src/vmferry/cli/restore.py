@@ -125,6 +125,8 @@ def command(
     program = [uri, *context.args] if uri is not None and (context.args or ":" not in uri) else []
     if uri is None:
         raise UsageError("expected either a URI or the command that starts QEMU, behind --")
+    if program and not context.args and (qmp is not None or resume):
+        raise UsageError(f"expected unix:PATH or tcp:HOST:PORT as URI, found {uri}")
     if program and (qmp is not None or resume):
         raise UsageError("--qmp and --resume are for a QEMU that is there, found a command as well")
     if background and (server is None or program):
@@ -134,7 +136,7 @@ def command(
     if server is not None and not lazy:
         raise UsageError("a page server is for restores whose memory follows, found --whole")
     order = Order(uri=uri, qmp=qmp, options=options, verify=verify, learn=working_set)
-    wanted = Wanted(directory, order, lazy, program, server, background)
+    wanted = Wanted(directory, order, lazy, program, server, background, json)
 
     def work(control: Work) -> dict[str, Any] | None:
         return restored(wanted, report, control)

@@ -26,6 +26,8 @@ from .signals import Work
 _START: Final = 30.0
 """Seconds that QEMU may take to start."""
 
+_STDERR: Final = 2
+
 _END: Final = 10.0
 """Seconds that QEMU may take to end."""
 
@@ -40,6 +42,7 @@ class Wanted:
     command: Sequence[str]
     server: str | None
     background: bool
+    json: bool
 
 
 def sizes_of(texts: Sequence[str]) -> dict[str, int]:
@@ -144,7 +147,10 @@ def _started(wanted: Wanted) -> Iterator[tuple[subprocess.Popen[bytes], Wanted]]
         more += ["-mon", "chardev=vmferry-qmp,mode=control", "-incoming"]
         more += ["defer"] if wanted.lazy else [uri]
         try:
-            process = subprocess.Popen([*wanted.command, *more])
+            # Whoever reads JSON does not want to read what QEMU says between.
+            process = subprocess.Popen(
+                [*wanted.command, *more], stdout=_STDERR if wanted.json else None
+            )
         except OSError as error:
             raise UsageError(
                 f"cannot start {printable(wanted.command[0])}: {error.strerror}"
