@@ -170,6 +170,24 @@ def test_damaged_page_is_never_given_to_the_machine(lab: Lab) -> None:
         wait_until(lambda: vm.status() == "postcopy-paused")
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_page_that_has_vanished_is_no_zero_page(lab: Lab, verify: bool) -> None:
+    """What nobody asks for: the file was cut, or it has a hole where it has to have content."""
+    checkpoint = lab.receive(lab.source())
+    block = next(b for b in checkpoint.blocks if b.name == "pc.bios")
+    pages = checkpoint.memory(block)
+    assert pages is not None
+    os.truncate(pages.path, 0)
+    if verify:
+        os.truncate(pages.path, block.length)
+    vm = lab.destination()
+    uri = f"unix:{lab.directory()}/socket"
+    vm.qemu.incoming(uri, capabilities=("postcopy-ram",))
+    what = "does not match its sum" if verify else "shorter than"
+    with pytest.raises((Paused, CheckpointDamaged), match=what):
+        Restore(checkpoint, uri, verify=verify).run()
+
+
 @contextmanager
 def command(*arguments: str | Path, **more: str) -> Iterator[subprocess.Popen[str]]:
     """The command while it runs."""
