@@ -258,6 +258,18 @@ def test_command_starts_qemu(lab: Lab) -> None:
     assert not [line for line in serial.read_text().splitlines() if line.startswith("E")]
 
 
+def test_command_ends_while_its_qemu_has_not_even_begun(lab: Lab) -> None:
+    checkpoint = lab.receive(lab.source())
+    started = lab.directory() / "started"
+    program = ["sh", "-c", 'touch "$1"; exec sleep 60', "sh", str(started)]
+    with command("restore", checkpoint.path, "--", *program) as process:
+        wait_until(started.exists)
+        os.kill(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=20)  # a QEMU has longer to open its monitor
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == "vmferry: terminated\n"
+
+
 def test_what_was_wanted_is_shown(lab: Lab) -> None:
     checkpoint = lab.receive(lab.source())
     arguments = ("inspect", checkpoint.path, "--working-set")

@@ -161,13 +161,15 @@ class Restore:
         return source
 
     def _serve(self, source: LazySource) -> None:
+        told = ""
         while True:
             try:
                 return source.run()
             except Paused as error:
                 if self._qmp is None:
                     raise
-                self._paused(error)
+                if told != (told := str(error)):  # what stays as it is, is found each time
+                    self._paused(error)
                 last = error
             following = self._taken_up(self._qmp, source, last)
             if following is None:
