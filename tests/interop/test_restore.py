@@ -258,6 +258,27 @@ def test_command_starts_qemu(lab: Lab) -> None:
     assert not [line for line in serial.read_text().splitlines() if line.startswith("E")]
 
 
+def test_what_was_not_begun_is_not_gone_on_with(lab: Lab) -> None:
+    checkpoint = lab.receive(lab.source())
+    vm, monitor = monitored(lab)
+    uri = f"unix:{lab.directory()}/socket"
+    done = vmferry_command("restore", checkpoint.path, uri, "--qmp", monitor, "--resume")
+    assert done.returncode == 2
+    assert 'postcopy-paused, found one where it is "none"' in done.stderr
+    assert vm.run_state == "inmigrate"
+
+
+@pytest.mark.parametrize(
+    "option", ["--preempt", "--resume", "--verify", "--background", "--bandwidth=1M"]
+)
+def test_options_for_memory_that_follows_do_not_go_with_a_whole_machine(
+    tmp_path: Path, option: str
+) -> None:
+    done = vmferry_command("restore", tmp_path, "unix:nowhere", "--whole", option)
+    assert done.returncode == 2
+    assert f"found --whole and {option.partition('=')[0]}" in done.stderr
+
+
 def test_command_ends_while_its_qemu_has_not_even_begun(lab: Lab) -> None:
     checkpoint = lab.receive(lab.source())
     started = lab.directory() / "started"
