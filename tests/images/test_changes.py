@@ -49,6 +49,17 @@ def test_changed_chunks_are_told_once(
         assert log.take() == []
 
 
+def test_what_another_side_may_have_changed_counts_as_changed(any_kind: Kind) -> None:
+    with any_kind.open(active=True) as image, image.log_changes() as log:
+        image.inactivate()
+        assert log.take() == []
+        image.activate()
+        assert log.pending == image.size
+        image.activate()
+        assert log.take() == list(range(image.size // CHUNK))
+        assert log.take() == []
+
+
 def test_each_log_has_its_own(any_kind: Kind) -> None:
     with any_kind.open(active=True) as image, image.log_changes() as one:
         image.write(0, b"x")

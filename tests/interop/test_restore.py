@@ -170,6 +170,24 @@ def test_damaged_page_is_never_given_to_the_machine(lab: Lab) -> None:
         wait_until(lambda: vm.status() == "postcopy-paused")
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_page_that_has_vanished_is_no_zero_page(lab: Lab, verify: bool) -> None:
+    """What nobody asks for: the file was cut, or it has a hole where it has to have content."""
+    checkpoint = lab.receive(lab.source())
+    block = next(b for b in checkpoint.blocks if b.name == "pc.bios")
+    pages = checkpoint.memory(block)
+    assert pages is not None
+    os.truncate(pages.path, 0)
+    if verify:
+        os.truncate(pages.path, block.length)
+    vm = lab.destination()
+    uri = f"unix:{lab.directory()}/socket"
+    vm.qemu.incoming(uri, capabilities=("postcopy-ram",))
+    what = "does not match its sum" if verify else "shorter than"
+    with pytest.raises((Paused, CheckpointDamaged), match=what):
+        Restore(checkpoint, uri, verify=verify).run()
+
+
 @contextmanager
 def command(*arguments: str | Path, **more: str) -> Iterator[subprocess.Popen[str]]:
     """The command while it runs."""
@@ -240,6 +258,39 @@ def test_command_starts_qemu(lab: Lab) -> None:
     assert not [line for line in serial.read_text().splitlines() if line.startswith("E")]
 
 
+def test_what_was_not_begun_is_not_gone_on_with(lab: Lab) -> None:
+    checkpoint = lab.receive(lab.source())
+    vm, monitor = monitored(lab)
+    uri = f"unix:{lab.directory()}/socket"
+    done = vmferry_command("restore", checkpoint.path, uri, "--qmp", monitor, "--resume")
+    assert done.returncode == 2
+    assert 'postcopy-paused, found one where it is "none"' in done.stderr
+    assert vm.run_state == "inmigrate"
+
+
+@pytest.mark.parametrize(
+    "option", ["--preempt", "--resume", "--verify", "--background", "--bandwidth=1M"]
+)
+def test_options_for_memory_that_follows_do_not_go_with_a_whole_machine(
+    tmp_path: Path, option: str
+) -> None:
+    done = vmferry_command("restore", tmp_path, "unix:nowhere", "--whole", option)
+    assert done.returncode == 2
+    assert f"found --whole and {option.partition('=')[0]}" in done.stderr
+
+
+def test_command_ends_while_its_qemu_has_not_even_begun(lab: Lab) -> None:
+    checkpoint = lab.receive(lab.source())
+    started = lab.directory() / "started"
+    program = ["sh", "-c", 'touch "$1"; exec sleep 60', "sh", str(started)]
+    with command("restore", checkpoint.path, "--", *program) as process:
+        wait_until(started.exists)
+        os.kill(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=20)  # a QEMU has longer to open its monitor
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == "vmferry: terminated\n"
+
+
 def test_what_was_wanted_is_shown(lab: Lab) -> None:
     checkpoint = lab.receive(lab.source())
     arguments = ("inspect", checkpoint.path, "--working-set")
@@ -273,6 +324,38 @@ def test_command_that_returns_leaves_a_process_that_serves(lab: Lab) -> None:
     assert vm.status() in {"postcopy-active", "completed"}  # the guest may have asked for all
     vm.qemu.wait_migration()
     lab.assert_counts(vm, after)
+
+
+def test_what_a_qemu_says_is_not_taken_for_what_the_command_says(lab: Lab) -> None:
+    """As which VNC server it runs, or the serial port of the guest."""
+    source = lab.source()
+    checkpoint = lab.receive(source)
+    directory = lab.directory()
+    qemu = ["sh", "-c", 'echo "VNC server running" $1; shift; exec "$@"', "sh", "--quiet"]
+    qemu += ["qemu-system-x86_64", *PC.arguments(directory), "-display", "none"]
+    qemu += ["-chardev", f"file,id=s,path={directory}/serial", "-serial", "chardev:s"]
+    arguments = ["restore", str(checkpoint.path), "--background", "--json", "--", *qemu]
+    said = directory / "said"
+    with said.open("wb") as file:  # what is left behind has it open, too
+        done = subprocess.run(
+            [*COMMAND, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            timeout=60,
+            check=False,
+            env=environment(),
+        )
+    assert done.returncode == 0, said.read_text()
+    assert "VNC server running --quiet" in said.read_text()
+    result = json.loads(done.stdout)
+    try:
+        assert result["ok"]
+        serial = directory / "serial"
+        wait_until(lambda: serial.exists() and b"C " in serial.read_bytes())
+    finally:
+        os.kill(result["pid"], signal.SIGTERM)
+    wait_until(lambda: not Path(f"/proc/{result['pid']}/exe").exists())
 
 
 def test_destination_that_dies_ends_the_restore(lab: Lab) -> None:

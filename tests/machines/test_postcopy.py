@@ -15,6 +15,7 @@ from tests.machines.hosted import KINDS, MIB, Start
 from tests.machines.lazily import LONG, Begun, Waiting, restore, restore_with_losses, saved
 from tests.transports.support import wait_until
 from vmferry.checkpoint.restore import Restore
+from vmferry.errors import UsageError
 from vmferry.memory import faults
 from vmferry.migration.control import Control
 from vmferry.migration.status import Status
@@ -85,6 +86,17 @@ def test_destination_tells_how_long_its_processors_waited(
     assert len(each) == GUEST["cpus"]
     assert 0 <= together <= min(each)
     assert 0 < max(each) < most
+
+
+def test_host_that_does_not_say_who_waits_is_found_out_before_the_machine_comes(
+    hosted: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "_THREADS", 1 << 60)  # which no kernel has
+    with closing(Control(hosted("unicorn", **GUEST).machine, awaited=True)) as control:
+        control.set_capabilities({"postcopy-ram": True})
+        with pytest.raises(UsageError, match="says which thread waits"):
+            control.set_capabilities({"postcopy-blocktime": True})
+        assert "postcopy-blocktime" not in control.capabilities
 
 
 @pytest.mark.parametrize("kind", KINDS)

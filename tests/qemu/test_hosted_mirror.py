@@ -14,7 +14,7 @@ import pytest
 
 from tests.cli.command import vmferry
 from tests.interop.lab import wait_until
-from tests.migration.test_own_disks import SIZES, config, contents, fill, journal, writing
+from tests.migration.test_own_disks import MIB, SIZES, config, contents, fill, journal, writing
 from vmferry.errors import PeerError, Refused, VmferryError
 from vmferry.machines import MachineConfig
 from vmferry.machines.config import OwnershipConfig
@@ -173,6 +173,44 @@ def test_server_that_dies_ends_the_mirror_and_nothing_else(pair: Pair) -> None:
     pair.goes_on()
 
 
+def test_mirror_that_somebody_else_has_ended_is_no_copy(pair: Pair) -> None:
+    pair.start()
+
+    def move() -> None:
+        with Qmp.connect(f"{pair.path}/here.qmp") as other, pair.copy() as copy:
+            copy.wait_ready()
+
+            def finish() -> None:
+                pair.here.machine.images[1].write(0, b"what would be lost")
+                other.execute("block-job-cancel", {"device": "vmferry-mirror-1", "force": True})
+                copy.finish()
+
+            migration = Migration(pair.source)
+            migration.begin(pair.uri, before_switchover=finish)
+            migration.wait()
+
+    with pytest.raises(PeerError, match=r"disk1.*it was cancelled"):
+        move()
+    pair.goes_on()
+
+
+@pytest.mark.parametrize("size", [0, 100, MIB + 100])
+def test_disk_of_any_size(pair: Pair, size: int) -> None:
+    """QEMU counts in sectors."""
+    for machine in (pair.left, pair.right):
+        os.truncate(machine.disk[1].file, size)
+    pair.start()
+    end = b"the end"[:size]
+    pair.here.machine.images[1].write(size - len(end), end)
+    with pair.copy() as copy:
+        copy.wait_ready()
+        migration = Migration(pair.source)
+        migration.begin(pair.uri, before_switchover=copy.finish)
+        assert migration.wait().status == "completed"
+    assert Path(pair.right.disk[1].file).stat().st_size == size
+    pair.has_arrived()
+
+
 def storage_daemons() -> list[int]:
     """Those that this process has started."""
     found = []
@@ -230,6 +268,17 @@ def test_record_beside_an_image_does_not_go_with_it(pair: Pair) -> None:
     with pytest.raises(QmpError, match="cannot be beside one"), pair.copy():
         pass
     pair.goes_on()
+
+
+def test_disk_that_is_read_only_is_not_filled(pair: Pair) -> None:
+    disks = (pair.right.disk[0], replace(pair.right.disk[1], read_only=True))
+    pair.start(right=replace(pair.right, disk=disks))
+    qmp = pair.destination
+    address = {"type": "unix", "data": {"path": f"{pair.path}/nbd"}}
+    qmp.execute("nbd-server-start", {"addr": address})
+    export = {"type": "nbd", "id": "a", "node-name": "disk1", "writable": True}
+    with pytest.raises(QmpError, match="read only"):
+        qmp.execute("block-export-add", export)
 
 
 def test_disks_of_a_machine_that_runs_are_not_served(pair: Pair) -> None:

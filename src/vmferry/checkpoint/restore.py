@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from vmferry.errors import CheckpointDamaged, UsageError
 from vmferry.migration.postcopy.server import Service
@@ -164,13 +165,15 @@ class Restore:
         return source
 
     def _serve(self, source: LazySource) -> None:
+        told = ""
         while True:
             try:
                 return source.run()
             except Paused as error:
                 if self._qmp is None:
                     raise
-                self._paused(error)
+                if told != (told := str(error)):  # what stays as it is, is found each time
+                    self._paused(error)
                 last = error
             following = self._taken_up(self._qmp, source, last)
             if following is None:
@@ -285,7 +288,14 @@ class _VerifiedPages:
     def __init__(self, pages: StoredPages) -> None:
         self._pages = pages
         self.sums = pages.sums
-        self.data_from = pages.data_from
+
+    def data_from(self, offset: int) -> tuple[int, int] | None:
+        """As :meth:`StoredPages.data_from`; a hole is as wrong as other zeros are."""
+        found = self._pages.data_from(offset)
+        size = self._pages.page_size
+        first, end = offset // size, (self._pages.size if found is None else found[0]) // size
+        self._refuse(first, self.sums[first:end] != 0)
+        return found
 
     def read(self, offset: int, *buffers: memoryview) -> None:
         """As :meth:`StoredPages.read`; raises :class:`CheckpointDamaged` for a wrong page."""
@@ -295,10 +305,15 @@ class _VerifiedPages:
             first, count = offset // size, len(buffer) // size
             found = np.zeros(count, np.uint64)
             page_sums(buffer, size, found)
-            wrong = np.flatnonzero(found != self.sums[first : first + count])
-            if len(wrong):
-                raise CheckpointDamaged(
-                    f"{self._pages.path}: the page at {(first + int(wrong[0])) * size:#x} is"
-                    " damaged: its content does not match its sum"
-                )
+            self._refuse(first, found != self.sums[first : first + count])
             offset += len(buffer)
+
+    def _refuse(self, first: int, is_wrong: npt.NDArray[np.bool_]) -> None:
+        """Raise where one of the pages from *first* on is wrong."""
+        wrong = np.flatnonzero(is_wrong)
+        if len(wrong):
+            at = (first + int(wrong[0])) * self._pages.page_size
+            raise CheckpointDamaged(
+                f"{self._pages.path}: the page at {at:#x} is damaged: its content does not match"
+                " its sum"
+            )

@@ -73,8 +73,13 @@ class StoredPages:
             return start, os.lseek(self._fd, start, os.SEEK_HOLE)
         except OSError as error:
             if error.errno == errno.ENXIO:
+                self._check_whole()  # what was cut off is no hole
                 return None
             raise storage_error(self.path, "read", error) from None
+
+    def _check_whole(self) -> None:
+        if os.fstat(self._fd).st_size < self.size:
+            raise CheckpointDamaged(f"{self.path}: shorter than {self.size} bytes")
 
     def verify(self) -> None:
         """Hold every page against its sum; holes are not read."""

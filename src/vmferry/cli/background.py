@@ -17,7 +17,10 @@ def leave_behind(*, json: bool, quiet: bool) -> None:
 
     Where it ends before, so does this one, with its status.
     """
-    arguments = [a for a in sys.argv[1:] if a not in {"--background", "--quiet", "-q", "--json"}]
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)  # the command of QEMU is its own
+    unwanted = {"--background", "--quiet", "-q", "--json"}
+    arguments = [a for a in given[:end] if a not in unwanted] + given[end:]
     command = [sys.executable, "-P", "-m", "vmferry", arguments[0], "--json", *arguments[1:]]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True, text=True

@@ -125,16 +125,30 @@ def command(
     program = [uri, *context.args] if uri is not None and (context.args or ":" not in uri) else []
     if uri is None:
         raise UsageError("expected either a URI or the command that starts QEMU, behind --")
+    if program and not context.args and (qmp is not None or resume):
+        raise UsageError(f"expected unix:PATH or tcp:HOST:PORT as URI, found {uri}")
     if program and (qmp is not None or resume):
         raise UsageError("--qmp and --resume are for a QEMU that is there, found a command as well")
+    following = {
+        "--server": server,
+        "--qmp": qmp,
+        "--preempt": preempt,
+        "--page-size": page_size,
+        "--bandwidth": bandwidth,
+        "--resume": resume,
+        "--verify": verify,
+        "--background": background,
+    }
+    if not lazy and (found := next((name for name, value in following.items() if value), None)):
+        raise UsageError(
+            f"expected {found} for a machine whose memory follows, found --whole and {found}"
+        )
     if background and (server is None or program):
         from .background import leave_behind
 
         return leave_behind(json=json, quiet=quiet)
-    if server is not None and not lazy:
-        raise UsageError("a page server is for restores whose memory follows, found --whole")
     order = Order(uri=uri, qmp=qmp, options=options, verify=verify, learn=working_set)
-    wanted = Wanted(directory, order, lazy, program, server, background)
+    wanted = Wanted(directory, order, lazy, program, server, background, json)
 
     def work(control: Work) -> dict[str, Any] | None:
         return restored(wanted, report, control)

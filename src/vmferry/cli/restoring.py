@@ -26,6 +26,8 @@ from .signals import Work
 _START: Final = 30.0
 """Seconds that QEMU may take to start."""
 
+_STDERR: Final = 2
+
 _END: Final = 10.0
 """Seconds that QEMU may take to end."""
 
@@ -40,6 +42,7 @@ class Wanted:
     command: Sequence[str]
     server: str | None
     background: bool
+    json: bool
 
 
 def sizes_of(texts: Sequence[str]) -> dict[str, int]:
@@ -70,9 +73,10 @@ def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> dict[str, 
     """Restore, and where QEMU was started here, wait for its end; how it went."""
     with ExitStack() as cleanup:
         checkpoint = cleanup.enter_context(Checkpoint(wanted.directory))
-        process = None
+        process, own = None, None
         if wanted.command:
             process, wanted = cleanup.enter_context(_started(wanted))
+            control.begun(own := _Own(process))  # it may not even open its monitor
         order = wanted.order
         if not wanted.lazy:
             send(
@@ -86,20 +90,38 @@ def restored(wanted: Wanted, report: Reporter[Any], control: Work) -> dict[str, 
         elif wanted.server is not None:
             session = cleanup.enter_context(Qmp.connect(wanted.server))
             delegated = Delegated(session, checkpoint.path, report)
-            control.begun(_Dependable(delegated, report, process))
+            control.begun(_Dependable(delegated, report, own))
             outcome = delegated.run(order, background=wanted.background)
         else:
             qmp = None
             if order.qmp is not None:
                 qmp = cleanup.enter_context(_monitor(order.qmp, process))
             work = order.restore(
-                checkpoint, qmp, report.progress, lambda error: _tell_paused(report, error, process)
+                checkpoint, qmp, report.progress, lambda error: _tell_paused(report, error, own)
             )
-            control.begun(_Dependable(work, report, process))
+            control.begun(_Dependable(work, report, own))
             outcome = work.run().to_json()
         if process is not None:
             process.wait()
         return outcome
+
+
+class _Own:
+    """The QEMU that was started here."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self._is_unwanted = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it runs, and is to."""
+        return not self._is_unwanted and self._process.poll() is None
+
+    def cancel(self) -> None:
+        """End it."""
+        self._is_unwanted = True
+        ended(self._process, _END)
 
 
 class _Dependable:
@@ -109,16 +131,16 @@ class _Dependable:
         self,
         work: Restore | Delegated,
         report: Reporter[Any],
-        process: subprocess.Popen[bytes] | None,
+        own: _Own | None,
     ) -> None:
         self._work = work
-        self._process = process
+        self._own = own
         self._report = report
 
     def cancel(self) -> None:
-        if self._process is not None:
+        if self._own is not None:
             # It is served meanwhile: while a processor of it waits for a page it does not end.
-            ended(self._process, _END)
+            self._own.cancel()
         elif self._work.is_needed:
             message = (
                 "a machine runs that does not have all of its memory: this ends when it has, or at"
@@ -129,10 +151,8 @@ class _Dependable:
         self._work.cancel()
 
 
-def _tell_paused(
-    report: Reporter[Any], error: Exception, process: subprocess.Popen[bytes] | None
-) -> None:
-    if process is None or process.poll() is None:
+def _tell_paused(report: Reporter[Any], error: Exception, own: _Own | None) -> None:
+    if own is None or own.goes_on:
         report.happened("paused", f"{error}", message=str(error))
 
 
@@ -144,7 +164,10 @@ def _started(wanted: Wanted) -> Iterator[tuple[subprocess.Popen[bytes], Wanted]]
         more += ["-mon", "chardev=vmferry-qmp,mode=control", "-incoming"]
         more += ["defer"] if wanted.lazy else [uri]
         try:
-            process = subprocess.Popen([*wanted.command, *more])
+            # Whoever reads JSON does not want to read what QEMU says between.
+            process = subprocess.Popen(
+                [*wanted.command, *more], stdout=_STDERR if wanted.json else None
+            )
         except OSError as error:
             raise UsageError(
                 f"cannot start {printable(wanted.command[0])}: {error.strerror}"

@@ -94,7 +94,7 @@ class Image(Protocol):
     def log_changes(self) -> ChangeLog:
         """Log from now on which chunks are written, zeroed or discarded; until the log is closed.
 
-        Meanwhile it cannot be resized.
+        Meanwhile it cannot be resized.  All counts as changed where it was let go of meanwhile.
         """
 
     def activate(self) -> None:

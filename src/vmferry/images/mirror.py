@@ -7,6 +7,7 @@ a first pass, and then what was written meanwhile, again and again.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
@@ -22,22 +23,29 @@ from .image import Image
 _LOOK: Final = 0.02
 """Seconds between two looks at what was written."""
 
+_SECTOR: Final = 512
+"""QEMU serves whole sectors of a raw file of any size; unasked it writes nothing behind its end."""
+
+_MOMENT: Final = 0.1
+"""Seconds that copying what is left may take, where both sides count as alike."""
+
 
 class MirrorStatus(StrEnum):
     """Those of QEMU's ``JobStatus`` that there are."""
 
     RUNNING = "running"
     READY = "ready"
-    """Both are alike, but for what was written in the last moment."""
+    """Both are alike, but for what was written in a last moment."""
     CONCLUDED = "concluded"
 
 
 class Mirror:
-    """Copies *source* onto *target*, which is active and as large, in a thread of its own.
+    """Copies *source* onto *target*, which is active, in a thread of its own.
 
-    With *own* only what *source* has itself is copied, and not what its backing file has.
-    *changed* is told of each status, in that thread.  ``total`` grows with what is written, as
-    QEMU counts; ``done`` is what has been copied.
+    *target* is as large, or ends with the sector in which *source* does.  With *own* only what
+    *source* has itself is copied, and not what its backing file has.  *changed* is told of each
+    status, in that thread.  ``total`` grows with what is written, as QEMU counts; ``done`` is what
+    has been copied.  Without an ``error`` behind its end both were alike then.
     """
 
     def __init__(
@@ -48,7 +56,7 @@ class Mirror:
         own: bool = False,
         changed: Callable[[MirrorStatus], None] = lambda _: None,
     ) -> None:
-        if source.size != target.size:
+        if target.size not in {source.size, -(-source.size // _SECTOR) * _SECTOR}:
             raise StorageError(
                 f"{target.name}: expected {source.size} bytes, as {source.name} has, found"
                 f" {target.size}"
@@ -83,14 +91,14 @@ class Mirror:
         self._woken.set()
 
     def cancel(self) -> None:
-        """End it, whatever has been copied."""
+        """End it, whatever has been copied: that is an error of it, as it is no copy."""
         self._is_unwanted = True
         self._woken.set()
 
-    def close(self) -> None:
-        """Cancel it, and wait for its end."""
-        self.cancel()
-        self._thread.join()
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for its end, *timeout* seconds at most; whether it has ended."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
@@ -109,8 +117,7 @@ class Mirror:
         extents = self._source.allocated(own=self._own)
         extent = next(extents, None)
         for start in range(0, size, CHUNK):
-            if self._is_unwanted:
-                return
+            self._check_wanted()
             while extent is not None and extent.end <= start:
                 extent = next(extents, None)
             length = min(CHUNK, size - start)
@@ -122,23 +129,29 @@ class Mirror:
             self._unsent -= length
 
     def _follow(self, log: ChangeLog) -> None:
-        while not self._is_unwanted:
+        while True:
+            self._check_wanted()
             is_last = self._is_last
+            begun = time.monotonic()
             numbers = log.take()
             for number in numbers:
-                if self._is_unwanted:
-                    return
+                self._check_wanted()
                 start = number * CHUNK
                 self._copy(start, min(CHUNK, self._source.size - start))
+            is_near = time.monotonic() - begun <= _MOMENT
+            if self.status is MirrorStatus.RUNNING and is_near:
+                self._target.flush()
+                self._reach(MirrorStatus.READY)
             if numbers:
                 continue
             if is_last:
                 return
-            if self.status is MirrorStatus.RUNNING:
-                self._target.flush()
-                self._reach(MirrorStatus.READY)
             self._woken.wait(_LOOK)
             self._woken.clear()
+
+    def _check_wanted(self) -> None:
+        if self._is_unwanted:
+            raise VmferryError("it was cancelled")
 
     def _copy(self, start: int, length: int) -> None:
         data = self._buffer

@@ -128,6 +128,8 @@ class StoredImage:
             if self._access is None:
                 self._access = self._storage.open()
                 self._size = self._access.size
+                for log in self._logs:  # another side may have had it meanwhile
+                    log.note(0, self._size)
 
     def inactivate(self) -> None:
         """See :meth:`Image.inactivate`."""

@@ -71,11 +71,13 @@ def greeted(descriptor: int, features: int) -> int:
     return descriptor
 
 
-def missing(*, kernel: bool) -> str | None:
+def missing(*, kernel: bool, threads: bool = False) -> str | None:
     """What this host or this process lacks for :func:`open_faults`; ``None`` if it works."""
     try:
-        os.close(open_faults(kernel=kernel))
+        os.close(open_faults(kernel=kernel, threads=threads))
     except OSError as error:
+        if threads and missing(kernel=kernel) is None:
+            return f"userfaultfd that says which thread waits: {error.strerror}; Linux 4.14 has it"
         needs = "Linux 4.11 has it, and a filter for system calls may forbid it"
         if kernel:
             needs = (

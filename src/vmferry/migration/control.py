@@ -110,8 +110,9 @@ class Control:
             if self._track.current in UNDER_WAY:
                 raise UsageError("capabilities cannot be changed while a migration is under way")
             wanted = caps.checked(self.capabilities, changes, incoming=self._awaited)
-            if self._awaited and Capability.POSTCOPY_RAM in wanted - self.capabilities:
-                check_host(kernel=self._kernel_faults)
+            counts_waits = Capability.POSTCOPY_BLOCKTIME in wanted
+            if self._awaited and Capability.POSTCOPY_RAM in wanted:
+                check_host(kernel=self._kernel_faults, threads=counts_waits)
             self.capabilities = wanted
 
     def set_parameters(self, changes: Mapping[str, object]) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
 
-from vmferry.errors import UsageError, printable
-from vmferry.images import Image, open_image
+from vmferry.errors import StorageError, UsageError, printable
+from vmferry.images import Image
 from vmferry.images.mirror import Mirror, MirrorStatus
+from vmferry.images.nbd import NbdStorage
+from vmferry.images.stored import StoredImage
 from vmferry.migration.disks import disk_name
 
 from .commands import Command, CommandError
@@ -23,13 +26,27 @@ from .messages import Object
 _MOST: Final = 64
 """Nodes, and as many jobs."""
 
+_PATIENCE: Final = 2.0
+"""Seconds that a server has to answer the last request of a mirror that is cancelled."""
+
 Emit = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(slots=True)
+class _Node:
+    storage: NbdStorage
+    image: Image
+
+    def close(self) -> None:
+        """Let it go; what a mirror has copied was flushed by the mirror."""
+        with suppress(StorageError):
+            self.image.close()
 
 
 @dataclass(slots=True)
 class _Job:
     mirror: Mirror
-    target: str
+    node: _Node
     is_kept: bool
     """Whether it stays, when it has ended, until ``job-dismiss``."""
 
@@ -38,15 +55,17 @@ class BlockJobs:
     """The nodes and jobs of a machine with *images*; *emit* gets the events.
 
     :meth:`close` ends them all.  The images of a machine that runs are active; where they are not,
-    a mirror fails, and says so.
+    a mirror fails, and says so.  A server that does not answer keeps waiting whoever asks for it,
+    and no other command of the machine.
     """
 
     def __init__(self, images: Sequence[Image], emit: Emit) -> None:
         self._images = {disk_name(number): image for number, image in enumerate(images)}
         self._emit = emit
         self._lock = threading.Lock()
-        self._nodes: dict[str, Image] = {}
+        self._nodes: dict[str, _Node] = {}
         self._jobs: dict[str, _Job] = {}
+        self._is_closed = False
 
     def commands(self) -> dict[str, Command]:
         """By name."""
@@ -56,26 +75,35 @@ class BlockJobs:
                 self._add,
                 required={"driver": str, "node-name": str, "server": dict},
                 optional={"export": str},
+                at_once=True,
             ),
-            "blockdev-del": Command(self._delete, required={"node-name": str}),
+            "blockdev-del": Command(self._delete, required={"node-name": str}, at_once=True),
             "blockdev-mirror": Command(
                 self._mirror,
                 required={"device": str, "target": str, "sync": str},
                 optional={"job-id": str, **policies},
+                at_once=True,
             ),
             "query-jobs": Command(lambda _: self._query(), at_once=True),
             "block-job-cancel": Command(
                 self._cancel, required={"device": str}, optional={"force": bool}, at_once=True
             ),
-            "job-dismiss": Command(self._dismiss, required={"id": str}),
+            "job-dismiss": Command(self._dismiss, required={"id": str}, at_once=True),
         }
 
     def close(self) -> None:
-        """End all jobs and let all nodes go."""
-        for job in list(self._jobs.values()):
-            job.mirror.close()
-        for image in self._nodes.values():
-            image.close()
+        """End all jobs and let all nodes go, whether their servers answer or not."""
+        with self._lock:
+            self._is_closed = True
+            jobs, nodes = list(self._jobs.values()), list(self._nodes.values())
+        for job in jobs:
+            job.mirror.cancel()
+        for node in nodes:
+            node.storage.abort()
+        for job in jobs:
+            job.mirror.wait()
+        for node in nodes:
+            node.close()
 
     # Nodes
 
@@ -86,26 +114,42 @@ class BlockJobs:
                 f"expected a node of the driver nbd, found {printable(arguments['driver'])}: other"
                 " disks are given to the machine when it starts"
             )
+        self._check_new(name)
+        storage = NbdStorage(
+            _uri(arguments["server"], arguments.get("export", "")), read_only=False
+        )
+        node = _Node(storage, StoredImage(storage, active=True))
+        try:
+            with self._lock:
+                self._check_new(name)
+                self._nodes[name] = node
+        except UsageError:
+            node.close()
+            raise
+
+    def _check_new(self, name: str) -> None:
+        if self._is_closed:
+            raise UsageError("the machine ends")
         if name in self._nodes or name in self._images:
             raise UsageError(f"there is a node {printable(name)} already")
         if len(self._nodes) >= _MOST:
             raise UsageError(f"there are {_MOST} nodes already, which is the most")
-        uri = _uri(arguments["server"], arguments.get("export", ""))
-        self._nodes[name] = open_image(uri, active=True)
 
     def _delete(self, arguments: Object) -> None:
         name = arguments["node-name"]
-        node = self._node(name)
-        if any(job.target == name and not _has_ended(job) for job in self._jobs.values()):
-            raise UsageError(f"node {printable(name)} is in use by a mirror: end that first")
-        del self._nodes[name]
+        with self._lock:
+            node = self._free(name)
+            del self._nodes[name]
         node.close()
 
-    def _node(self, name: str) -> Image:
-        found = self._nodes.get(name)
-        if found is None:
+    def _free(self, name: str) -> _Node:
+        """The node of that *name*, which nothing is copied to."""
+        node = self._nodes.get(name)
+        if node is None:
             raise UsageError(f"there is no node {printable(name)}")
-        return found
+        if any(job.node is node and not _has_ended(job) for job in self._jobs.values()):
+            raise UsageError(f"node {printable(name)} is in use by a mirror: end that first")
+        return node
 
     # Jobs
 
@@ -120,22 +164,26 @@ class BlockJobs:
         for policy in ("on-source-error", "on-target-error"):
             if arguments.get(policy, "report") != "report":
                 raise UsageError(f"expected report as {policy}: a mirror that fails has ended")
-        node = self._node(target)
         with self._lock:
             if name in self._jobs:
                 raise UsageError(f"there is a job {printable(name)} already")
             if len(self._jobs) >= _MOST:
                 raise UsageError(f"there are {_MOST} jobs already, which is the most")
+            node = self._free(target)
             mirror = Mirror(
-                image, node, own=sync == "top", changed=lambda status: self._changed(name, status)
+                image,
+                node.image,
+                own=sync == "top",
+                changed=lambda status: self._changed(name, status),
             )
             is_kept = not arguments.get("auto-dismiss", True)
-            self._jobs[name] = _Job(mirror, target, is_kept)
+            self._jobs[name] = _Job(mirror, node, is_kept)
 
     def _changed(self, name: str, status: MirrorStatus) -> None:
         self._emit("JOB_STATUS_CHANGE", {"id": name, "status": str(status)})
-        with self._lock:  # whoever made it has noted it by then
-            if status is MirrorStatus.CONCLUDED and not self._jobs[name].is_kept:
+        with self._lock:  # whoever made it has noted it by then; it may have been dismissed
+            job = self._jobs.get(name)
+            if job is not None and _has_ended(job) and not job.is_kept:
                 del self._jobs[name]
 
     def _query(self) -> list[Object]:
@@ -145,18 +193,20 @@ class BlockJobs:
 
     def _cancel(self, arguments: Object) -> None:
         """Behind its first pass a mirror ends as a copy, unless it is ended by force."""
-        mirror = self._job(arguments["device"]).mirror
-        if mirror.status is MirrorStatus.READY and not arguments.get("force", False):
-            mirror.finish()
-        else:
-            mirror.cancel()
+        job = self._job(arguments["device"])
+        if job.mirror.status is MirrorStatus.READY and not arguments.get("force", False):
+            job.mirror.finish()
+            return
+        job.mirror.cancel()
+        if not job.mirror.wait(_PATIENCE):
+            job.node.storage.abort()
 
     def _dismiss(self, arguments: Object) -> None:
         name = arguments["id"]
-        if not _has_ended(self._job(name)):
-            raise UsageError(f"job {printable(name)} has not ended: block-job-cancel ends it")
         with self._lock:
-            self._jobs.pop(name, None)
+            if not _has_ended(self._job(name)):
+                raise UsageError(f"job {printable(name)} has not ended: block-job-cancel ends it")
+            del self._jobs[name]
 
     def _job(self, name: str) -> _Job:
         found = self._jobs.get(name)
@@ -182,9 +232,12 @@ def _told(name: str, mirror: Mirror) -> Object:
 
 def _uri(server: Object, export: str) -> str:
     """The NBD URI of QEMU's ``SocketAddress`` *server*."""
-    name = quote(export)
+    try:
+        name = quote(export)
+    except UnicodeError as error:
+        raise UsageError(f"expected the name of an export, found {printable(export)}") from error
     match server:
-        case {"type": "unix", "path": str(path), **rest} if not rest:
+        case {"type": "unix", "path": str(path), **rest} if not rest and path.isprintable():
             return f"nbd+unix:///{name}?socket={quote(path)}"
         case {"type": "inet", "host": str(host), "port": str(port), **rest} if not rest:
             where = f"[{host}]" if ":" in host else host

@@ -8,6 +8,7 @@ while they are served cannot have its disks, and stays with its source.
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Exports:
         self._disks = disks
         self._awaited = awaited
         self._check = check
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._server: ExitStack | None = None
         self._qmp: Qmp | None = None
         self._exports: dict[str, str] = {}
@@ -62,18 +65,41 @@ class Exports:
     def commands(self) -> dict[str, Command]:
         """By name."""
         return {
-            "nbd-server-start": Command(self._start, required={"addr": dict}),
-            "nbd-server-stop": Command(lambda _: self.close()),
-            "block-export-add": Command(
+            "nbd-server-start": self._command(self._start, required={"addr": dict}),
+            "nbd-server-stop": self._command(lambda _: self._stop()),
+            "block-export-add": self._command(
                 self._add,
                 required={"type": str, "id": str, "node-name": str, "writable": bool},
                 optional={"name": str},
             ),
-            "block-export-del": Command(self._delete, required={"id": str}, optional={"mode": str}),
+            "block-export-del": self._command(
+                self._delete, required={"id": str}, optional={"mode": str}
+            ),
         }
+
+    def _command(
+        self,
+        run: Callable[[Object], None],
+        required: Mapping[str, type] = {},
+        optional: Mapping[str, type] = {},
+    ) -> Command:
+        """One of these at a time; a daemon that does not answer holds no other command."""
+
+        def run_alone(given: Object) -> None:
+            with self._lock:
+                if self._is_closed:
+                    raise UsageError("the machine ends")
+                run(given)
+
+        return Command(run_alone, required, optional, at_once=True)
 
     def close(self) -> None:
         """Serve nothing any more: what was written is in the files, whose locks are free."""
+        with self._lock:
+            self._is_closed = True
+            self._stop()
+
+    def _stop(self) -> None:
         server, self._server, self._qmp = self._server, None, None
         self._exports.clear()
         if server is not None:
@@ -106,6 +132,8 @@ class Exports:
             raise UsageError(f"{served.image.name} is on an NBD server, which serves it already")
         if not self._awaited() or served.image.active:
             raise UsageError(f"{printable(disk)} is served only while its machine is awaited")
+        if arguments["writable"] and served.image.read_only:
+            raise UsageError(f"{printable(disk)} is read only")
         self._check()
         if name in self._exports:
             raise UsageError(f"there is an export {printable(name)} already")

@@ -162,7 +162,7 @@ class StorageCopy:
         job = self._jobs().get(_JOB.format(number)) or {}
         if job.get("status", "null") not in {"concluded", "null"}:
             return False
-        if job.get("error"):
+        if not job or job.get("error"):  # who forgot it may have ended it before, as no copy
             self._check(number, job)
         return True
 

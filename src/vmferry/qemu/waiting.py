@@ -146,7 +146,7 @@ def listen_again(qmp: Qmp, uri: str) -> None:
     One that has all of it may have a source that did not hear that: a machine of vmferry says it
     once more.  Raises :class:`UsageError` where its migration is neither.
     """
-    status = qmp.execute("query-migrate").get("status")
+    status = qmp.execute("query-migrate").get("status", "none")
     if status not in {"postcopy-paused", _COMPLETED}:
         raise UsageError(
             "expected a QEMU whose migration is postcopy-paused, found one where it is"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from typing import Final
 
-from vmferry.errors import StorageError
+from vmferry.errors import StorageError, UsageError
 from vmferry.images.aligned import AlignedAccess
 from vmferry.images.storage import Access
 
@@ -29,6 +30,7 @@ class NbdStorage:
         self.name: Final = uri
         self.read_only: Final = read_only
         self._address: Final = parse(uri)
+        self._latest: socket.socket | None = None
 
     def open(self) -> Access:
         """See :meth:`Storage.open`."""
@@ -40,10 +42,23 @@ class NbdStorage:
         """See :meth:`Storage.look`."""
         return open_export(self._connect(), self.name, self._address.export, read_only=True)
 
+    def abort(self) -> None:
+        """Cut the latest access off: what waits for the server fails, and so does all behind it."""
+        if self._latest is not None:
+            with suppress(OSError):  # closed
+                self._latest.shutdown(socket.SHUT_RDWR)
+
     def _connect(self) -> socket.socket:
+        self._latest = connection = self._connected()
+        return connection
+
+    def _connected(self) -> socket.socket:
         where = self._address.socket
         if isinstance(where, tuple):
-            connection = socket.create_connection(where, _TIMEOUT)
+            try:
+                connection = socket.create_connection(where, _TIMEOUT)
+            except UnicodeError as error:  # of the encoding of host names
+                raise UsageError(f"{self.name}: expected the name of a host") from error
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return connection
         connection = socket.socket(socket.AF_UNIX)

@@ -51,12 +51,13 @@ _ASK: Final = 0.1
 Event: TypeAlias = dict[str, Any]
 
 
-def check_host(*, kernel: bool) -> None:
+def check_host(*, kernel: bool, threads: bool) -> None:
     """Raise :class:`UsageError` where this host has no postcopy for a machine.
 
-    *kernel*: the kernel itself touches guest memory, for virtual CPUs or for disks.
+    *kernel*: the kernel itself touches guest memory, for virtual CPUs or for disks.  *threads*: it
+    is to be counted how long each waits.
     """
-    if (lack := missing(kernel=kernel) or _forced()) is not None:
+    if (lack := missing(kernel=kernel, threads=threads) or _forced()) is not None:
         raise UsageError(f"postcopy-ram is not possible here: {lack}")
 
 
