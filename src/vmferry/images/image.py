@@ -107,8 +107,9 @@ class Image(Protocol):
     def inactivate(self) -> None:
         """Flush it and let it go: what was written is in the storage, the locks are free.
 
-        Idempotent.  If the flush fails it is still active; after any other error it is inactive,
-        but what the format writes at its end may be missing.
+        Idempotent.  If the flush fails it is still active, and so is a file that has lost its name
+        or whose name is another file's by now, as nobody could open it again; after any other error
+        it is inactive, but what the format writes at its end may be missing.
         """
 
     def close(self) -> None:

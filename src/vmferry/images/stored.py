@@ -134,6 +134,7 @@ class StoredImage:
         with self._gate.alone(), self._naming("inactivated"):
             if self._access is not None:
                 self._flush(self._access)
+                self._storage.check_place()
                 self._let_go()
 
     def close(self) -> None:

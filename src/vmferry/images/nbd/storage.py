@@ -40,6 +40,9 @@ class NbdStorage:
         """See :meth:`Storage.look`."""
         return open_export(self._connect(), self.name, self._address.export, read_only=True)
 
+    def check_place(self) -> None:
+        """Nothing: what an export is made of is the server's business."""
+
     def _connect(self) -> socket.socket:
         where = self._address.socket
         if isinstance(where, tuple):
