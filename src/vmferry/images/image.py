@@ -58,6 +58,10 @@ class Image(Protocol):
     def read_only(self) -> bool:
         """Whether it refuses to be changed, be it active or not."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether its storage is at work for somebody; never waits."""
+
     def read(self, offset: int, *into: Target) -> None:
         """Fill the buffers *into* one after the other with what stands from *offset* on.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -29,6 +30,10 @@ class StoredImage:
         self._gate: Final = Gate()
         self._access: Access | None = None
         self._lost: str | None = None
+        self._numbers = itertools.count()
+        self._last_change = next(self._numbers)
+        self._flushed: int | None = None
+        """The last change that is known to be durable."""
         self._closed = False
         self._size = 0
         self._logs: tuple[ChangeLog, ...] = ()
@@ -58,6 +63,11 @@ class StoredImage:
     def read_only(self) -> bool:
         """See :attr:`Image.read_only`."""
         return self._storage.read_only
+
+    @property
+    def busy(self) -> bool:
+        """See :attr:`Image.busy`."""
+        return self._gate.busy
 
     def read(self, offset: int, *into: Target) -> None:
         """See :meth:`Image.read`."""
@@ -128,6 +138,7 @@ class StoredImage:
             if self._access is None:
                 self._access = self._storage.open()
                 self._size = self._access.size
+                self._note_change()  # whoever had it before may have left something
 
     def inactivate(self) -> None:
         """See :meth:`Image.inactivate`."""
@@ -183,6 +194,7 @@ class StoredImage:
                 yield access
             finally:
                 # Also where it failed: some of it may have been done.
+                self._note_change()
                 for log in self._logs:
                     log.note(offset, length)
 
@@ -210,7 +222,8 @@ class StoredImage:
             raise StorageError(
                 f"{self.name}: cannot be flushed: writes before were lost ({self._lost})"
             )
-        if self.read_only:
+        change = self._last_change  # what is written from here on need not be in it
+        if self.read_only or self._flushed == change:
             return
         try:
             with self._naming("flushed"):
@@ -218,6 +231,10 @@ class StoredImage:
         except StorageError as error:
             self._lost = str(error)
             raise
+        self._flushed = change
+
+    def _note_change(self) -> None:
+        self._last_change = next(self._numbers)
 
     def _let_go(self) -> None:
         access, self._access = self._access, None

@@ -126,15 +126,15 @@ class Control:
     @property
     def run_state(self) -> RunState:
         """What the machine does now."""
-        if self.machine.running:
+        source = self._source
+        stops = source is not None and source.has_stopped and self._track.current in UNDER_WAY
+        if self.machine.running and not stops:
             return RunState.RUNNING
         if self._given_away:
             return RunState.POSTMIGRATE
         if self._awaited:
             return RunState.INMIGRATE
-        if self._track.current in UNDER_WAY and self._source and self._source.has_stopped:
-            return RunState.FINISH_MIGRATE
-        return self._stands_as
+        return RunState.FINISH_MIGRATE if stops else self._stands_as
 
     @property
     def _stands_as(self) -> RunState:
@@ -175,7 +175,7 @@ class Control:
         done with the request when the machine stops.
         """
         with self._lock:
-            if not self.machine.running or not is_so():
+            if self.run_state is not RunState.RUNNING or not is_so():
                 return
             self.machine.pause()
             self._io_error = True

@@ -16,7 +16,13 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
-from vmferry.errors import ChannelClosed, PeerSilent, StorageError, UsageError, VmferryError
+from vmferry.errors import (
+    ChannelClosed,
+    PeerSilent,
+    StorageError,
+    UsageError,
+    VmferryError,
+)
 from vmferry.faults import reach
 from vmferry.images import activate_all, inactivate_all
 from vmferry.memory import PAGE_SIZE, DirtyLog
@@ -30,6 +36,7 @@ from vmferry.wire.multifd import Method
 from .capabilities import Capability
 from .convergence import Convergence, Decision, Round
 from .disks import LiveDisks
+from .draining import flush_all, late
 from .events import DowntimeRaised, Event, Pass, Resumed, Stalled, Stopped, Throttled, Warned
 from .handover import Stage, Word
 from .machine import LiveMachine
@@ -43,6 +50,8 @@ from .precopy import DirtyBlock, Precopy
 from .source import Connect, SendOptions, Source
 from .statistics import Statistics
 from .status import Status, StatusTrack
+
+_CANCELLED: Final = "the migration was cancelled on this side"
 
 _DEVICE_BYTES: Final = 1 << 16
 """Bytes of a switchover that are not memory, more or less."""
@@ -115,6 +124,8 @@ class LiveSource:
         """Why a postcopy was paused the last time."""
         self.has_stopped = False
         """Whether the migration keeps the machine from running."""
+        self._is_stopping = False
+        self._not_stopped: VmferryError | None = None
 
     def run(self) -> Status:
         """Move the machine, or raise with the machine running as before.
@@ -145,8 +156,11 @@ class LiveSource:
         """Give up, from any thread; the machine runs when this returns, unless it is too late."""
         if not self._source.cancel():
             return False
-        if self._ownership is None:
-            self._take_back()  # else the record has to say so first, to whoever runs this
+        with self._lock:
+            if self._is_stopping:
+                self._end_wait(ChannelClosed(_CANCELLED))
+            elif self._ownership is None:
+                self._take_back()  # else the record has to say so first, to whoever runs this
         self._proceed.set()
         return True
 
@@ -374,17 +388,17 @@ class LiveSource:
         """See :class:`~.precopy.Lead`."""
         with self._lock:
             if self._source.handover.hear(Word.STOP) is None:
-                raise ChannelClosed("the migration was cancelled on this side")
+                raise ChannelClosed(_CANCELLED)
             # Somebody may have paused it meanwhile.
             self._outgoing.was_running = self._machine.running
             self._outgoing.stood_as = self._stands_as()
-            self.has_stopped = True
+            self.has_stopped = self._is_stopping = True
             # The limit is for the time when the machine runs.
             self._source.limit.rate = None
             self._statistics.stopped()
-            self._machine.pause()
-            if self._outgoing.was_running:
-                self._tell(Stopped())
+        patience = self._parameters().drain_deadline or None
+        self._pause(patience)
+        flush_all(self._machine.images, patience, self._source.is_off)
         if self._ownership is not None and not self._ownership.stop():
             raise StorageError("the machine is not known to be this side's: its lease has lapsed")
         reach("stopped")
@@ -393,9 +407,51 @@ class LiveSource:
             self._await_proceed()
             self._track.move(Status.DEVICE)
 
+    def _pause(self, patience: float | None) -> None:
+        """Have the machine stand still, unless it is not wanted any more or takes too long.
+
+        Without the lock, so that somebody can say so.
+        """
+        timer = threading.Timer(patience or 0, self._is_late, (patience,))
+        timer.daemon = True
+        if patience is not None:
+            timer.start()
+        error = None
+        try:
+            self._machine.pause()
+        except Exception as failure:  # noqa: BLE001 - raised below, unless the wait was ended
+            error = failure
+        timer.cancel()
+        with self._lock:
+            self._is_stopping = False
+            if self._not_stopped is None:
+                if error is not None:
+                    raise error
+                if self._outgoing.was_running:
+                    self._tell(Stopped())
+                return
+            self.has_stopped = False
+            if self._outgoing.was_running:
+                self._machine.resume()
+            raise self._not_stopped
+
+    def _is_late(self, patience: float) -> None:
+        with self._lock:
+            if self._is_stopping:
+                self._end_wait(late(self._machine.images, patience))
+
+    def _end_wait(self, why: VmferryError) -> None:
+        """The machine is not to stand still after all; whoever waits for that sees to the rest."""
+        self._not_stopped = self._not_stopped or why
+        if self._outgoing.was_running:
+            self._machine.resume()
+
     def let_go(self) -> None:
         """See :class:`~.precopy.Lead`."""
-        inactivate_all(self._machine.images)
+        with self._lock:
+            if not self.has_stopped:
+                raise ChannelClosed(_CANCELLED)  # and the machine runs already
+            inactivate_all(self._machine.images)
         reach("images-inactive")
         self._check_memory()
 
@@ -432,4 +488,4 @@ class LiveSource:
             # The machine stands still here: it must not wait for a destination that has gone.
             self._source.linger()
         if self._source.handover.may_run:
-            raise ChannelClosed("the migration was cancelled on this side")
+            raise ChannelClosed(_CANCELLED)
