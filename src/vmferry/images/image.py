@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from .changes import ChangeLog
+from .changes import CHUNK, ChangeLog
 
 Source = bytes | bytearray | memoryview
 """Bytes to be written."""
@@ -95,10 +95,10 @@ class Image(Protocol):
         backing file has.  What is written meanwhile may be in it or not.
         """
 
-    def log_changes(self) -> ChangeLog:
+    def log_changes(self, chunk: int = CHUNK) -> ChangeLog:
         """Log from now on which chunks are written, zeroed or discarded; until the log is closed.
 
-        Meanwhile it cannot be resized.
+        They have *chunk* bytes each.  Meanwhile it cannot be resized.
         """
 
     def activate(self) -> None:

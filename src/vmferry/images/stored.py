@@ -11,7 +11,7 @@ from typing import Final, Self
 
 from vmferry.errors import ImageInactive, StorageError, UsageError, storage_error
 
-from .changes import ChangeLog
+from .changes import CHUNK, ChangeLog
 from .gate import Gate
 from .image import Extent, Source, Target
 from .storage import Access, Storage
@@ -107,7 +107,7 @@ class StoredImage:
         with self._gate.alone(), self._naming("resized"):
             access = self._changeable("resized")
             if self._logs:
-                raise UsageError(f"{self.name}: cannot be resized: it is being copied")
+                raise UsageError(f"{self.name}: cannot be resized: its changes are being noted")
             access.resize(size)
             self._size = access.size
 
@@ -123,10 +123,10 @@ class StoredImage:
             yield from (extent for extent in extents if extent.data)
             offset = extents[-1].end
 
-    def log_changes(self) -> ChangeLog:
+    def log_changes(self, chunk: int = CHUNK) -> ChangeLog:
         """See :meth:`Image.log_changes`."""
         with self._gate.shared(), self._logging:
-            log = ChangeLog(self._size, self._forget)
+            log = ChangeLog(self._size, self._forget, chunk)
             self._logs = (*self._logs, log)
             return log
 

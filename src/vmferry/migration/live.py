@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from queue import SimpleQueue
@@ -33,6 +33,7 @@ from vmferry.transports import Channel, RateLimit
 from vmferry.wire.commands import RamDiscard
 from vmferry.wire.multifd import Method
 
+from .bitmaps import DirtyBitmap
 from .capabilities import Capability
 from .convergence import Convergence, Decision, Round
 from .disks import LiveDisks
@@ -84,6 +85,7 @@ class LiveSource:
         tell: Callable[[Event], None],
         lock: AbstractContextManager[object],
         stands_as: Callable[[], str],
+        bitmaps: Iterable[DirtyBitmap] = (),
         ownership: Ownership | None = None,
     ) -> None:
         machine.registry.check_migratable()
@@ -98,7 +100,7 @@ class LiveSource:
         self._ignores_shared = Capability.IGNORE_SHARED in capabilities
         self._track = track
         self._statistics = statistics
-        self._outgoing = MachineSource(machine, capabilities)
+        self._outgoing = MachineSource(machine, capabilities, bitmaps)
         self._cleanup = ExitStack()
         self._log: DirtyLog | None = None
         self._convergence = Convergence(device_bytes=_DEVICE_BYTES, overhead=_OVERHEAD)
@@ -192,6 +194,9 @@ class LiveSource:
         if postcopy and Capability.BLOCK in capabilities:
             # QEMU takes it, and sends all of the disks before the machine goes.
             raise UsageError("postcopy-ram cannot be on with block: turn one of them off")
+        if postcopy and Capability.DIRTY_BITMAPS in capabilities:
+            # QEMU takes it, and sends them behind the machine.
+            raise UsageError("postcopy-ram cannot be on with dirty-bitmaps: turn one of them off")
         method = now.multifd_compression.method if multifd else Method.NONE
         levels = {Method.ZLIB: now.multifd_zlib_level, Method.ZSTD: now.multifd_zstd_level}
         return SendOptions(

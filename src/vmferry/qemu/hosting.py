@@ -123,7 +123,9 @@ class Host:
         if self._monitor is not None:
             commands = machine_commands(self.control, uuid=self._config.uuid)
             commands[CHECK] = Command(lambda _: self._check())
-            commands["query-block"] = Command(lambda _: query_block(self.machine), at_once=True)
+            commands["query-block"] = Command(
+                lambda _: query_block(self.machine, self.control.bitmaps), at_once=True
+            )
             commands |= self._disk_commands(cleanup)
             self._server = cleanup.enter_context(
                 QmpServer(self._monitor, commands, greeting=GREETING, leave=self._quit)
