@@ -68,7 +68,7 @@ def test_each_log_has_its_own(any_kind: Kind) -> None:
             assert other.take() == [1]
         image.write(2 * CHUNK, b"x")
         assert one.take() == [0, 1, 2]
-        with pytest.raises(UsageError, match="is being copied"):
+        with pytest.raises(UsageError, match="its changes are being noted"):
             image.resize(2 * SIZE)
 
 

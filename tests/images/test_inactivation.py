@@ -229,3 +229,23 @@ def _raw(path: Path) -> Image:
 
 def _fail(_: Any) -> None:
     raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_file_without_its_name_is_not_let_go_of(tmp_path: Path, form: str, replaced: bool) -> None:
+    """Its content would be gone for good: what is open is all that there is of it."""
+    path = make(tmp_path / "disk", form)
+    with open_image(path, active=True, format=form) as image:
+        image.write(0, b"precious")
+        path.rename(tmp_path / "moved")
+        if replaced:
+            make(path, form)
+        with pytest.raises(StorageError, match=f"{path}: the file was removed or replaced"):
+            image.inactivate()
+        assert image.active
+        assert read(image, 0, 8) == b"precious"
+        (tmp_path / "moved").rename(path)
+        image.inactivate()
+        image.activate()
+        assert read(image, 0, 8) == b"precious"

@@ -133,6 +133,7 @@ def test_data_that_is_not_in_memory(driver: Driver, address: int) -> None:
 def test_more_requests_than_the_ring_holds_are_none(driver: Driver, head: int) -> None:
     driver.disk.write(24, 8, head)
     driver.disk.stop()
+    driver.disk.drain()
     assert driver.disk.read(32, 8) == 0
 
 
@@ -143,6 +144,7 @@ def test_ring_that_cannot_be(driver: Driver, ring: int, entries: int) -> None:
     driver.disk.write(16, 8, entries)
     driver.disk.write(24, 8, 1)
     driver.disk.stop()
+    driver.disk.drain()
     assert driver.disk.read(32, 8) == 0
 
 
@@ -206,6 +208,7 @@ def test_error_of_the_storage_is_treated_as_asked(
             assert disk.io_status == ("nospace" if number == ENOSPC else "failed")
             driver.disk.write(24, 8, driver.head)  # the guest looks again: that is no new try
             disk.stop()
+            disk.drain()
             assert disk.read(32, 8) == 1
             assert not any(driver.ram.bytes[place + 4 : place + 8])
             disk.start()
@@ -231,6 +234,7 @@ def test_device_that_cannot_be_read_stops_the_machine(
         wait_until(lambda: driver.disk.io_status is IoStatus.FAILED, LONG)
         assert f"{device}: cannot be read: Input/output error" in str(failures[0].error)
         driver.disk.stop()
+        driver.disk.drain()
         path.write_bytes(b"data" * (SIZE // 4))
         driver.disk.start()
         wait_until(lambda: driver.disk.read(32, 8) == 1, LONG)
@@ -248,6 +252,7 @@ def test_inactive_image_stops_the_machine_whatever_is_asked_for(
     wait_until(lambda: bool(failures), LONG)
     assert failures[0].action is Action.STOP
     driver.disk.stop()
+    driver.disk.drain()
     assert driver.disk.read(32, 8) == 0
 
 
@@ -268,6 +273,7 @@ def test_write_that_fails_is_told_and_done_again(
         driver.disk.write(24, 8, 1)
         assert done.wait(LONG)
         driver.disk.stop()
+        driver.disk.drain()
         assert driver.disk.read(32, 8) == 0
         assert "RuntimeError" in str(failures[0].error)
     driver.disk.start()

@@ -169,6 +169,36 @@ def test_error_that_is_no_want_of_room_is_told_to_the_guest(
     assert qmp.execute("query-block")[0]["io-status"] == "ok"
 
 
+@pytest.mark.parametrize("kind", ["raw", "qcow2"])
+def test_image_that_vanished_is_not_let_go_of(
+    hosts: Hosts, stack: ExitStack, tmp_path: Path, kind: str
+) -> None:
+    """The other side could not open it, and then nobody could."""
+    machine = alone(config(tmp_path, kind))
+    image = Path(machine.disk[0].file)
+    here, _ = hosts.start(machine)
+    there, _ = hosts.start(machine, incoming=hosts.uri())
+    here.console.wait_filled()
+    image.rename(tmp_path / "elsewhere")
+    here.control.migrate(str(there.address))
+    assert here.control.wait(LONG) is Status.FAILED
+    assert f"{image}: the file was removed or replaced" in str(here.control.error)
+    assert here.machine.running
+    here.console.wait_beat()
+    here.console.wait_beat()
+    here.console.check()
+    (tmp_path / "elsewhere").rename(image)
+    again, _ = hosts.start(machine, incoming=hosts.uri())
+    here.control.migrate(str(again.address))
+    assert here.control.wait(LONG) is Status.COMPLETED
+    assert again.control.wait(LONG) is Status.COMPLETED
+    again.console.wait_beat()
+    again.control.stop()
+    again.console.check()
+    again.machine.images[0].inactivate()
+    assert journal(machine) > 0
+
+
 Start = Callable[..., QemuProcess]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.images.support import children, on_small_file_system
+from tests.images.support import block_device, children, nbd_server, on_small_file_system
 from tests.migration.test_disks import LONG
 from tests.transports.support import wait_until
 from vmferry.errors import StorageError, UsageError
@@ -23,8 +25,10 @@ from vmferry.images import open_image
 from vmferry.machines import DiskConfig, GuestConfig, MachineConfig
 from vmferry.machines.config import OwnershipConfig
 from vmferry.machines.guest.journal import read_journal
+from vmferry.migration.incoming_disks import IncomingDisks
 from vmferry.migration.status import Status
 from vmferry.qemu.hosting import Host
+from vmferry.wire.disk import DiskChunk
 
 MIB = 1 << 20
 SIZES = (2 * MIB + 1536, 9 * MIB + 512)
@@ -407,6 +411,54 @@ def test_machine_that_arrives_stopped_can_leave_its_disks_alone(moves: Moves) ->
     assert not any(image.active for image in there.machine.images)
     there.control.cont()
     there.console.wait_beat()
+
+
+def test_sections_without_a_chunk_come_first(tmp_path: Path) -> None:
+    """As those of a QEMU, which reads ahead: nothing is there to be flushed."""
+    disk = config(tmp_path, "disk", sizes=(MIB,)).disk[0]
+    with open_image(disk.file, active=False) as image:
+        disks = IncomingDisks([image])
+        for _ in range(20):
+            disks.flush()
+            time.sleep(0.005)  # it would fail in a thread of its own
+        disks.take(DiskChunk("disk0", 0, b"data" * (MIB // 4)))
+        disks.finish()
+        assert image.active
+    assert Path(disk.file).read_bytes() == b"data" * (MIB // 4)
+
+
+def test_device_that_fails_at_the_source_fails_the_migration(moves: Moves) -> None:
+    """A loop device whose file was cut: the kernel says EIO for what is behind."""
+    left, machine = (config(moves.path, name) for name in ("left", "right"))
+    fill(left, 1)
+    backing = Path(left.disk[1].file)
+    with block_device(backing) as device:
+        second = replace(left.disk[1], file=device, direct=True)
+        here = moves.running(replace(left, disk=(left.disk[0], second)), "block")
+        there, address = moves.waiting(machine, "block")
+        os.truncate(backing, 4 * MIB)
+        assert f"{device}: cannot be read: Input/output error" in refused(here, there, address)
+        os.truncate(backing, SIZES[1])
+        there, address = moves.waiting(machine, "block")
+        moved(here, there, address)
+
+
+@pytest.mark.parametrize(("number", "words"), [(5, "Input/output error"), (28, "No space left")])
+def test_storage_that_fails_at_the_destination_fails_the_migration(
+    moves: Moves, number: int, words: str
+) -> None:
+    left, machine = (config(moves.path, name) for name in ("left", "right"))
+    fill(left, 1)
+    fault = {"event": "none", "iotype": "write", "errno": number, "once": True}
+    file = {"driver": "file", "filename": machine.disk[1].file}
+    drive = {"driver": "blkdebug", "inject-error": [fault], "image": file}
+    options = "json:" + json.dumps({"driver": "raw", "file": drive})
+    with nbd_server(options, at=moves.path / "s") as uri:
+        second = replace(machine.disk[1], file=uri)
+        here = moves.running(left, "block")
+        there, address = moves.waiting(replace(machine, disk=(machine.disk[0], second)), "block")
+        reason = refused(here, there, address)
+        assert f"{uri}: cannot be written: {words}" in reason
 
 
 FULL = """

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import vmferry
+from tests.images.support import block_device, on_small_file_system
 from tests.interop.lab import wait_until
 from tests.migration.test_own_disks import MIB, SIZES, config, contents, fill, journal, writing
 from vmferry.errors import PeerError, Refused, VmferryError
@@ -219,6 +220,46 @@ def storage_daemons() -> list[int]:
         if int(status[1]) == os.getpid() and b"storage-daemon" in (entry / "cmdline").read_bytes():
             found.append(int(entry.name))
     return found
+
+
+def test_device_that_fails_at_the_source_ends_the_mirror(tmp_path: Path) -> None:
+    """A loop device whose file was cut: the kernel says EIO for what is behind."""
+    with ExitStack() as stack:
+        pair = Pair(tmp_path, stack)
+        backing = Path(pair.left.disk[1].file)
+        device = stack.enter_context(block_device(backing))
+        second = replace(pair.left.disk[1], file=device, direct=True)
+        pair.start(replace(pair.left, disk=(pair.left.disk[0], second)))
+        os.truncate(backing, 1 << 20)
+        with pytest.raises(PeerError, match=r"disk1.*Input/output error"), pair.copy() as copy:
+            copy.wait_ready()
+        pair.goes_on()
+
+
+FULL = """
+import sys
+import tempfile
+from tests.qemu.test_hosted_mirror import *
+target = Path(sys.argv[1])
+with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+    pair = Pair(Path(directory), stack)
+    with target.open("wb") as file:
+        file.truncate(SIZES[1])
+    disks = (pair.right.disk[0], replace(pair.right.disk[1], file=str(target)))
+    pair.start(right=replace(pair.right, disk=disks))
+    try:
+        with pair.copy() as copy:
+            copy.wait_ready()
+    except PeerError as error:
+        print(error)
+    pair.goes_on()
+"""
+
+
+def test_full_disk_at_the_destination_ends_the_mirror(tmp_path: Path) -> None:
+    reason = on_small_file_system(tmp_path, FULL)
+    assert "disk1" in reason
+    assert "No space left on device" in reason
 
 
 def test_machine_that_comes_while_its_disks_are_served_stays_with_its_source(pair: Pair) -> None:

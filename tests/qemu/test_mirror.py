@@ -194,6 +194,31 @@ def test_destination_that_dies_leaves_the_source_with_its_disks(
     write(here, 1, 0x11, 0, 512)
 
 
+@pytest.mark.parametrize(("number", "words"), [(5, "Input/output error"), (28, "No space left")])
+def test_storage_that_fails_at_the_destination_is_told_by_the_name_of_its_disk(
+    machine: Callable[..., QemuProcess], start_qemu: Start, tmp_path: Path, number: int, words: str
+) -> None:
+    here = machine("here")
+    Serial(here.serial).wait_beat()
+    faults = tmp_path / "faults"
+    faults.write_text(f'[inject-error]\nevent = "pwritev"\nerrno = "{number}"\n')
+    arguments = ["-machine", "pc", "-nodefaults", "-m", "16392k", "-incoming", "defer"]
+    for disk, file in enumerate((f"blkdebug:{faults}:{tmp_path}/there0", f"{tmp_path}/there1")):
+        with Path(file.rpartition(":")[2]).open("wb") as image:
+            image.truncate(SIZE)
+        drive = f"if=none,id=disk{disk},format=raw,file={file}"
+        arguments += ["-drive", drive, "-device", f"virtio-blk-pci,drive=disk{disk}"]
+    there = start_qemu(*arguments)
+    write(here, 0, 0x5A, 0, 2 << 20)
+    with (
+        pytest.raises(PeerError, match=f"disk0.*{words}"),
+        StorageCopy(here.qmp, there.qmp, f"unix:{tmp_path}/nbd") as copy,
+    ):
+        copy.wait_ready()
+    assert left_behind(here) == left_behind(there) == NOTHING
+    assert here.execute("query-status")["running"]
+
+
 def test_mirror_that_fails_is_told_by_the_name_of_its_disk(
     machine: Callable[..., QemuProcess], tmp_path: Path
 ) -> None:

@@ -8,13 +8,16 @@ from types import TracebackType
 from typing import Final, Self
 
 import numpy as np
+import numpy.typing as npt
 
 CHUNK: Final = 1 << 20
-"""Bytes that are told apart; the last chunk of an image may be shorter."""
+"""Bytes that are told apart unless somebody wants others; the last chunk may be shorter."""
 
 
 class ChangeLog:
     """The chunks of an image of *size* bytes that were changed since they were taken the last time.
+
+    A chunk has *chunk* bytes.  While ``records`` is off nothing is noted.
 
     A change is noted when it has been made.  So whoever takes chunks and then reads them has all
     that was noted before, and finds what was being made meanwhile the next time: nothing is lost
@@ -23,16 +26,18 @@ class ChangeLog:
     A context manager, as *stop* ends it.  Any thread may call anything.
     """
 
-    def __init__(self, size: int, stop: Callable[[ChangeLog], None]) -> None:
+    def __init__(self, size: int, stop: Callable[[ChangeLog], None], chunk: int = CHUNK) -> None:
         self._size = size
-        self._marks = bytearray(-(-size // CHUNK))
+        self._chunk = chunk
+        self._marks = bytearray(-(-size // chunk))
+        self.records = True
         self._lock = threading.Lock()
         self._stop = stop
 
     def note(self, offset: int, length: int) -> None:
         """*length* bytes from *offset* on may be others now."""
-        if length:
-            first, end = offset // CHUNK, -(-(offset + length) // CHUNK)
+        if length and self.records:
+            first, end = offset // self._chunk, -(-(offset + length) // self._chunk)
             with self._lock:
                 self._marks[first:end] = b"\1" * (end - first)
 
@@ -40,8 +45,8 @@ class ChangeLog:
     def pending(self) -> int:
         """Bytes of the chunks that would be taken now."""
         with self._lock:
-            whole = self._marks.count(1) * CHUNK
-            return whole - (-self._size % CHUNK if self._marks[-1:] == b"\1" else 0)
+            whole = self._marks.count(1) * self._chunk
+            return whole - (-self._size % self._chunk if self._marks[-1:] == b"\1" else 0)
 
     def take(self) -> list[int]:
         """The numbers of the changed chunks, ascending; from now on they count as unchanged."""
@@ -49,6 +54,16 @@ class ChangeLog:
             found: list[int] = np.flatnonzero(np.frombuffer(self._marks, np.uint8)).tolist()
             self._marks = bytearray(len(self._marks))
         return found
+
+    def marks(self) -> npt.NDArray[np.uint8]:
+        """A copy of what would be taken: 1 for each chunk that was changed."""
+        with self._lock:
+            return np.frombuffer(bytes(self._marks), np.uint8)
+
+    def merge(self, marks: npt.NDArray[np.uint8]) -> None:
+        """Chunks for which *marks*, as of a log of the same size, has a 1 were changed as well."""
+        with self._lock:
+            np.frombuffer(self._marks, np.uint8)[:] |= marks
 
     def close(self) -> None:
         """Note nothing any more.  Idempotent."""

@@ -25,7 +25,7 @@ from vmferry.errors import ImageLocked, StorageError
 from .daemon_process import DaemonProcess, daemon_command
 from .image import Extent
 from .nbd.storage import open_export
-from .raw import drop_cache
+from .raw import Place, drop_cache
 from .storage import Access, Views
 
 _EXPORT: Final = "image"
@@ -43,6 +43,7 @@ class DaemonStorage:
         self.read_only: Final = read_only
         self._driver: Final = driver
         self._direct: Final = direct
+        self._place: Final = Place(path)
 
     @property
     def name(self) -> str:
@@ -56,7 +57,13 @@ class DaemonStorage:
             drop_cache(fd)
         finally:
             os.close(fd)
-        return self._start(read_only=self.read_only, force_share=False)
+        access = self._start(read_only=self.read_only, force_share=False)
+        self._place.note()
+        return access
+
+    def check_place(self) -> None:
+        """See :meth:`Storage.check_place`."""
+        self._place.check()
 
     def look(self) -> Access:
         """See :meth:`Storage.look`."""

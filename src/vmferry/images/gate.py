@@ -16,6 +16,11 @@ class Gate:
         self._claims = 0
         self._alone = False
 
+    @property
+    def busy(self) -> bool:
+        """Whether anybody is inside, or waits to be alone."""
+        return bool(self._inside or self._claims)
+
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Inside, nobody is alone."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
-from .changes import ChangeLog
+from .changes import CHUNK, ChangeLog
 
 Source = bytes | bytearray | memoryview
 """Bytes to be written."""
@@ -58,6 +58,10 @@ class Image(Protocol):
     def read_only(self) -> bool:
         """Whether it refuses to be changed, be it active or not."""
 
+    @property
+    def busy(self) -> bool:
+        """Whether its storage is at work for somebody; never waits."""
+
     def read(self, offset: int, *into: Target) -> None:
         """Fill the buffers *into* one after the other with what stands from *offset* on.
 
@@ -91,10 +95,11 @@ class Image(Protocol):
         backing file has.  What is written meanwhile may be in it or not.
         """
 
-    def log_changes(self) -> ChangeLog:
+    def log_changes(self, chunk: int = CHUNK) -> ChangeLog:
         """Log from now on which chunks are written, zeroed or discarded; until the log is closed.
 
-        Meanwhile it cannot be resized.  All counts as changed where it was let go of meanwhile.
+        They have *chunk* bytes each.  Meanwhile it cannot be resized.  All counts as changed where
+        it was let go of meanwhile.
         """
 
     def activate(self) -> None:
@@ -107,8 +112,9 @@ class Image(Protocol):
     def inactivate(self) -> None:
         """Flush it and let it go: what was written is in the storage, the locks are free.
 
-        Idempotent.  If the flush fails it is still active; after any other error it is inactive,
-        but what the format writes at its end may be missing.
+        Idempotent.  If the flush fails it is still active, and so is a file that has lost its name
+        or whose name is another file's by now, as nobody could open it again; after any other error
+        it is inactive, but what the format writes at its end may be missing.
         """
 
     def close(self) -> None:

@@ -27,6 +27,33 @@ _BLKDISCARD: Final = 0x1277
 """``linux/fs.h``."""
 
 
+class Place:
+    """Where a file was opened, and which one it was."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: tuple[int, int] | None = None
+
+    def note(self) -> None:
+        """What is there now is what is open."""
+        self._found = self._look()
+
+    def check(self) -> None:
+        """Raise where another file is there now, or none."""
+        if self._look() != self._found:
+            raise StorageError(
+                f"{self._path}: the file was removed or replaced while it was open: what is open"
+                " here cannot be opened again; have it back under its name before it is let go of"
+            )
+
+    def _look(self) -> tuple[int, int] | None:
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return status.st_dev, status.st_ino
+
+
 class RawStorage:
     """The file or block device at *path*.
 
@@ -41,6 +68,7 @@ class RawStorage:
         self._refuses: Final = [] if share_write else [Permission.WRITE]
         uses = [Permission.READ] if read_only else [Permission.READ, Permission.WRITE]
         self._uses: Final = uses
+        self._place: Final = Place(path)
 
     @property
     def name(self) -> str:
@@ -53,10 +81,15 @@ class RawStorage:
         try:
             lock(fd, self.name, uses=self._uses, refuses=self._refuses)
             drop_cache(fd)
+            self._place.note()
             return self._access(fd)
         except BaseException:
             os.close(fd)
             raise
+
+    def check_place(self) -> None:
+        """See :meth:`Storage.check_place`."""
+        self._place.check()
 
     def look(self) -> Access:
         """See :meth:`Storage.look`.  Opened as the owner would, so that it will not fail then."""

@@ -73,3 +73,6 @@ class Storage(Protocol):
 
     def look(self) -> Access:
         """An access that takes no locks, to read what may belong to another."""
+
+    def check_place(self) -> None:
+        """Raise where what :meth:`open` has opened is not what is to be found there now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
@@ -10,7 +11,7 @@ from typing import Final, Self
 
 from vmferry.errors import ImageInactive, StorageError, UsageError, storage_error
 
-from .changes import ChangeLog
+from .changes import CHUNK, ChangeLog
 from .gate import Gate
 from .image import Extent, Source, Target
 from .storage import Access, Storage
@@ -29,6 +30,10 @@ class StoredImage:
         self._gate: Final = Gate()
         self._access: Access | None = None
         self._lost: str | None = None
+        self._numbers = itertools.count()
+        self._last_change = next(self._numbers)
+        self._flushed: int | None = None
+        """The last change that is known to be durable."""
         self._closed = False
         self._size = 0
         self._logs: tuple[ChangeLog, ...] = ()
@@ -58,6 +63,11 @@ class StoredImage:
     def read_only(self) -> bool:
         """See :attr:`Image.read_only`."""
         return self._storage.read_only
+
+    @property
+    def busy(self) -> bool:
+        """See :attr:`Image.busy`."""
+        return self._gate.busy
 
     def read(self, offset: int, *into: Target) -> None:
         """See :meth:`Image.read`."""
@@ -97,7 +107,7 @@ class StoredImage:
         with self._gate.alone(), self._naming("resized"):
             access = self._changeable("resized")
             if self._logs:
-                raise UsageError(f"{self.name}: cannot be resized: it is being copied")
+                raise UsageError(f"{self.name}: cannot be resized: its changes are being noted")
             access.resize(size)
             self._size = access.size
 
@@ -113,10 +123,10 @@ class StoredImage:
             yield from (extent for extent in extents if extent.data)
             offset = extents[-1].end
 
-    def log_changes(self) -> ChangeLog:
+    def log_changes(self, chunk: int = CHUNK) -> ChangeLog:
         """See :meth:`Image.log_changes`."""
         with self._gate.shared(), self._logging:
-            log = ChangeLog(self._size, self._forget)
+            log = ChangeLog(self._size, self._forget, chunk)
             self._logs = (*self._logs, log)
             return log
 
@@ -128,6 +138,7 @@ class StoredImage:
             if self._access is None:
                 self._access = self._storage.open()
                 self._size = self._access.size
+                self._note_change()  # whoever had it before may have left something
                 for log in self._logs:  # another side may have had it meanwhile
                     log.note(0, self._size)
 
@@ -136,6 +147,7 @@ class StoredImage:
         with self._gate.alone(), self._naming("inactivated"):
             if self._access is not None:
                 self._flush(self._access)
+                self._storage.check_place()
                 self._let_go()
 
     def close(self) -> None:
@@ -184,6 +196,7 @@ class StoredImage:
                 yield access
             finally:
                 # Also where it failed: some of it may have been done.
+                self._note_change()
                 for log in self._logs:
                     log.note(offset, length)
 
@@ -211,7 +224,8 @@ class StoredImage:
             raise StorageError(
                 f"{self.name}: cannot be flushed: writes before were lost ({self._lost})"
             )
-        if self.read_only:
+        change = self._last_change  # what is written from here on need not be in it
+        if self.read_only or self._flushed == change:
             return
         try:
             with self._naming("flushed"):
@@ -219,6 +233,10 @@ class StoredImage:
         except StorageError as error:
             self._lost = str(error)
             raise
+        self._flushed = change
+
+    def _note_change(self) -> None:
+        self._last_change = next(self._numbers)
 
     def _let_go(self) -> None:
         access, self._access = self._access, None

@@ -81,6 +81,7 @@ class HostedMachine:
         self._exit = DebugExit(self._guest_ended)
         self._over = threading.Event()
         self._lock = threading.Lock()  # of `running` and what goes with it
+        self._stopping = False
         with ExitStack() as stack:
             for image in images:
                 stack.callback(image.close)
@@ -178,11 +179,13 @@ class HostedMachine:
         with self._lock:
             if self._exit.over:
                 self._over.set()
-            if self.running or self._over.is_set():
+            if (self.running and not self._stopping) or self._over.is_set():
                 return
             for disk in self.disks:
                 disk.check()
-            self._timer.start()
+            if not self.running:
+                self._timer.start()
+            self._stopping = False
             for disk in self.disks:
                 disk.start()
             self._runner.resume()
@@ -194,13 +197,23 @@ class HostedMachine:
         return self._runner.threads
 
     def pause(self) -> None:
-        """Stop all vCPUs and guest time; when this returns nothing changes any more."""
+        """Stop all vCPUs and guest time; when this returns nothing changes any more.
+
+        That takes as long as the storage of the disks needs for what was begun.  :meth:`resume`
+        ends the wait, with :class:`MachineError`.
+        """
         with self._lock:
             self._runner.pause()
             for disk in self.disks:
                 disk.stop()
+            self._stopping = self.running
+        for disk in self.disks:
+            disk.drain()
+        with self._lock:
+            if self.running and not self._stopping:
+                raise MachineError("the machine was let run again before it stood still")
             self._timer.stop()
-            self.running = False
+            self.running = self._stopping = False
 
     def throttle(self, percent: int) -> None:
         """Keep the vCPUs from running for *percent* of the time, 0 to 99."""

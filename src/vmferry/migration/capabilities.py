@@ -40,6 +40,8 @@ class Capability(StrEnum):
     """Source: stop at ``pre-switchover``, with the machine stopped, until told to go on."""
     MULTIFD = "multifd"
     """Both: pages on channels of their own."""
+    DIRTY_BITMAPS = "dirty-bitmaps"
+    """Source: the dirty bitmaps of disks move along."""
     POSTCOPY_BLOCKTIME = "postcopy-blocktime"
     """Destination: tell how long its processors waited for memory."""
     LATE_BLOCK_ACTIVATE = "late-block-activate"
@@ -56,7 +58,6 @@ NOT_SUPPORTED: Final = (
     "rdma-pin-all",
     "x-colo",
     "release-ram",
-    "dirty-bitmaps",
     "background-snapshot",
     "zero-copy-send",
 )

@@ -23,6 +23,7 @@ from vmferry.transports.uri import TcpAddress, UnixAddress, parse
 
 from . import capabilities as caps
 from . import parameters as params
+from .bitmaps import DirtyBitmaps
 from .capabilities import Capability
 from .connections import Deadlines
 from .destination import Destination
@@ -97,6 +98,7 @@ class Control:
         self._statistics: Statistics | None = None
         self._given_away = False
         self._io_error = False
+        self.bitmaps = DirtyBitmaps(machine.images, self._has_bitmaps_under_way)
         self._watchers: list[SimpleQueue[Event]] = []
         self._error: Exception | None = None
         self._address = ""
@@ -127,15 +129,15 @@ class Control:
     @property
     def run_state(self) -> RunState:
         """What the machine does now."""
-        if self.machine.running:
+        source = self._source
+        stops = source is not None and source.has_stopped and self._track.current in UNDER_WAY
+        if self.machine.running and not stops:
             return RunState.RUNNING
         if self._given_away:
             return RunState.POSTMIGRATE
         if self._awaited:
             return RunState.INMIGRATE
-        if self._track.current in UNDER_WAY and self._source and self._source.has_stopped:
-            return RunState.FINISH_MIGRATE
-        return self._stands_as
+        return RunState.FINISH_MIGRATE if stops else self._stands_as
 
     @property
     def _stands_as(self) -> RunState:
@@ -176,7 +178,7 @@ class Control:
         done with the request when the machine stops.
         """
         with self._lock:
-            if not self.machine.running or not is_so():
+            if self.run_state is not RunState.RUNNING or not is_so():
                 return
             self.machine.pause()
             self._io_error = True
@@ -234,6 +236,7 @@ class Control:
                 tell=self._tell,
                 lock=self._lock,
                 stands_as=lambda: self._stands_as,
+                bitmaps=self.bitmaps,
                 ownership=self._ownership,
             )
             self._source, self._statistics, self._destination = source, statistics, None
@@ -254,6 +257,11 @@ class Control:
                 " cannot be beside one: let [ownership] name a place that both sides reach, or"
                 ' store = "none"'
             )
+
+    def _has_bitmaps_under_way(self) -> bool:
+        """Whether a migration counts on the dirty bitmaps that there are."""
+        under_way = self._track.current in UNDER_WAY and self._source is not None
+        return under_way and Capability.DIRTY_BITMAPS in self.capabilities
 
     def _connect(self, uri: str) -> Connect:
         return lambda given_up: connect(
@@ -288,7 +296,7 @@ class Control:
             disks = (
                 IncomingDisks(self.machine.images, incremental=incremental) if with_disks else None
             )
-            sink = MachineSink(self.machine, disks)
+            sink = MachineSink(self.machine, disks, self.bitmaps)
             meter = Meter(self._note)
             destination = Destination(
                 listener,

@@ -67,6 +67,8 @@ class IncomingDisks:
 
     def flush(self) -> None:
         """Begin to make durable what has come, so that little is left for the last moment."""
+        if not self._has_begun:
+            return  # a QEMU begins with sections that have no chunk, as it reads ahead of them
         if self._flushing is not None:
             if not self._flushing.done():
                 return

@@ -10,13 +10,19 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
-from vmferry.errors import ChannelClosed, PeerSilent, StorageError, UsageError, VmferryError
+from vmferry.errors import (
+    ChannelClosed,
+    PeerSilent,
+    StorageError,
+    UsageError,
+    VmferryError,
+)
 from vmferry.faults import reach
 from vmferry.images import activate_all, inactivate_all
 from vmferry.memory import PAGE_SIZE, DirtyLog
@@ -27,9 +33,11 @@ from vmferry.transports import Channel, RateLimit
 from vmferry.wire.commands import RamDiscard
 from vmferry.wire.multifd import Method
 
+from .bitmaps import DirtyBitmap
 from .capabilities import Capability
 from .convergence import Convergence, Decision, Round
 from .disks import LiveDisks
+from .draining import flush_all, late
 from .events import DowntimeRaised, Event, Pass, Resumed, Stalled, Stopped, Throttled, Warned
 from .handover import Stage, Word
 from .machine import LiveMachine
@@ -43,6 +51,8 @@ from .precopy import DirtyBlock, Precopy
 from .source import Connect, SendOptions, Source
 from .statistics import Statistics
 from .status import Status, StatusTrack
+
+_CANCELLED: Final = "the migration was cancelled on this side"
 
 _DEVICE_BYTES: Final = 1 << 16
 """Bytes of a switchover that are not memory, more or less."""
@@ -75,6 +85,7 @@ class LiveSource:
         tell: Callable[[Event], None],
         lock: AbstractContextManager[object],
         stands_as: Callable[[], str],
+        bitmaps: Iterable[DirtyBitmap] = (),
         ownership: Ownership | None = None,
     ) -> None:
         machine.registry.check_migratable()
@@ -89,7 +100,7 @@ class LiveSource:
         self._ignores_shared = Capability.IGNORE_SHARED in capabilities
         self._track = track
         self._statistics = statistics
-        self._outgoing = MachineSource(machine, capabilities)
+        self._outgoing = MachineSource(machine, capabilities, bitmaps)
         self._cleanup = ExitStack()
         self._log: DirtyLog | None = None
         self._convergence = Convergence(device_bytes=_DEVICE_BYTES, overhead=_OVERHEAD)
@@ -115,6 +126,8 @@ class LiveSource:
         """Why a postcopy was paused the last time."""
         self.has_stopped = False
         """Whether the migration keeps the machine from running."""
+        self._is_stopping = False
+        self._not_stopped: VmferryError | None = None
 
     def run(self) -> Status:
         """Move the machine, or raise with the machine running as before.
@@ -145,8 +158,11 @@ class LiveSource:
         """Give up, from any thread; the machine runs when this returns, unless it is too late."""
         if not self._source.cancel():
             return False
-        if self._ownership is None:
-            self._take_back()  # else the record has to say so first, to whoever runs this
+        with self._lock:
+            if self._is_stopping:
+                self._end_wait(ChannelClosed(_CANCELLED))
+            elif self._ownership is None:
+                self._take_back()  # else the record has to say so first, to whoever runs this
         self._proceed.set()
         return True
 
@@ -178,6 +194,9 @@ class LiveSource:
         if postcopy and Capability.BLOCK in capabilities:
             # QEMU takes it, and sends all of the disks before the machine goes.
             raise UsageError("postcopy-ram cannot be on with block: turn one of them off")
+        if postcopy and Capability.DIRTY_BITMAPS in capabilities:
+            # QEMU takes it, and sends them behind the machine.
+            raise UsageError("postcopy-ram cannot be on with dirty-bitmaps: turn one of them off")
         method = now.multifd_compression.method if multifd else Method.NONE
         levels = {Method.ZLIB: now.multifd_zlib_level, Method.ZSTD: now.multifd_zstd_level}
         return SendOptions(
@@ -374,17 +393,17 @@ class LiveSource:
         """See :class:`~.precopy.Lead`."""
         with self._lock:
             if self._source.handover.hear(Word.STOP) is None:
-                raise ChannelClosed("the migration was cancelled on this side")
+                raise ChannelClosed(_CANCELLED)
             # Somebody may have paused it meanwhile.
             self._outgoing.was_running = self._machine.running
             self._outgoing.stood_as = self._stands_as()
-            self.has_stopped = True
+            self.has_stopped = self._is_stopping = True
             # The limit is for the time when the machine runs.
             self._source.limit.rate = None
             self._statistics.stopped()
-            self._machine.pause()
-            if self._outgoing.was_running:
-                self._tell(Stopped())
+        patience = self._parameters().drain_deadline or None
+        self._pause(patience)
+        flush_all(self._machine.images, patience, self._source.is_off)
         if self._ownership is not None and not self._ownership.stop():
             raise StorageError("the machine is not known to be this side's: its lease has lapsed")
         reach("stopped")
@@ -393,9 +412,51 @@ class LiveSource:
             self._await_proceed()
             self._track.move(Status.DEVICE)
 
+    def _pause(self, patience: float | None) -> None:
+        """Have the machine stand still, unless it is not wanted any more or takes too long.
+
+        Without the lock, so that somebody can say so.
+        """
+        timer = threading.Timer(patience or 0, self._is_late, (patience,))
+        timer.daemon = True
+        if patience is not None:
+            timer.start()
+        error = None
+        try:
+            self._machine.pause()
+        except Exception as failure:  # noqa: BLE001 - raised below, unless the wait was ended
+            error = failure
+        timer.cancel()
+        with self._lock:
+            self._is_stopping = False
+            if self._not_stopped is None:
+                if error is not None:
+                    raise error
+                if self._outgoing.was_running:
+                    self._tell(Stopped())
+                return
+            self.has_stopped = False
+            if self._outgoing.was_running:
+                self._machine.resume()
+            raise self._not_stopped
+
+    def _is_late(self, patience: float) -> None:
+        with self._lock:
+            if self._is_stopping:
+                self._end_wait(late(self._machine.images, patience))
+
+    def _end_wait(self, why: VmferryError) -> None:
+        """The machine is not to stand still after all; whoever waits for that sees to the rest."""
+        self._not_stopped = self._not_stopped or why
+        if self._outgoing.was_running:
+            self._machine.resume()
+
     def let_go(self) -> None:
         """See :class:`~.precopy.Lead`."""
-        inactivate_all(self._machine.images)
+        with self._lock:
+            if not self.has_stopped:
+                raise ChannelClosed(_CANCELLED)  # and the machine runs already
+            inactivate_all(self._machine.images)
         reach("images-inactive")
         self._check_memory()
 
@@ -432,4 +493,4 @@ class LiveSource:
             # The machine stands still here: it must not wait for a destination that has gone.
             self._source.linger()
         if self._source.handover.may_run:
-            raise ChannelClosed("the migration was cancelled on this side")
+            raise ChannelClosed(_CANCELLED)

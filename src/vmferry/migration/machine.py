@@ -36,7 +36,11 @@ class LiveMachine(Machine, Protocol):
         """Whether it runs, or would if it had something to do."""
 
     def pause(self) -> None:
-        """Stop it: when this returns nothing writes its memory or devices.  Idempotent."""
+        """Stop it: when this returns nothing writes its memory or devices.  Idempotent.
+
+        Where it has to wait for long, as for storage, :meth:`resume` by another thread should end
+        the wait, with an error.
+        """
 
     def resume(self) -> None:
         """Let it run, from where it was stopped or from the state that was loaded.  Idempotent."""

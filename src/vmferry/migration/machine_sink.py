@@ -22,6 +22,7 @@ from vmferry.wire.ram import RamBlocks, RamPages
 from vmferry.wire.sections import SectionStart
 from vmferry.wire.split import DecodedDevices
 
+from .bitmaps import DirtyBitmaps, IncomingBitmaps
 from .incoming import IncomingBlock
 from .incoming_disks import IncomingDisks
 from .loading import Staging, load_piece
@@ -32,14 +33,20 @@ from .runs import Runs
 
 
 class MachineSink:
-    """Loads *machine*, which does not run; its *disks*, where they come with it.
+    """Loads *machine*, which does not run; its *disks*, where they come with it; its *bitmaps*.
 
     Where anything does not fit, an error is raised before any device has changed; memory may have.
     """
 
-    def __init__(self, machine: LiveMachine, disks: IncomingDisks | None = None) -> None:
+    def __init__(
+        self,
+        machine: LiveMachine,
+        disks: IncomingDisks | None = None,
+        bitmaps: DirtyBitmaps | None = None,
+    ) -> None:
         self._machine = machine
         self._disks = disks
+        self._bitmaps = None if bitmaps is None else IncomingBitmaps(bitmaps)
         self._run_state = RunState.of(RUNNING)
         behind = Registry()
         behind.register(self._run_state)
@@ -134,8 +141,10 @@ class MachineSink:
             self._disks.flush()
 
     def bitmap(self, record: BitmapRecord) -> None:
-        """Refuse it."""
-        raise StreamError("no dirty bitmap in the stream of this machine", printable(record.node))
+        """Take note of a piece of one."""
+        if self._bitmaps is None:
+            raise StreamError("no dirty bitmap for this machine", printable(record.node))
+        self._bitmaps.take(record)
 
     framed = True
 
@@ -168,6 +177,8 @@ class MachineSink:
         if self._disks is not None:
             self._disks.finish()
         self._staging.finish()
+        if self._bitmaps is not None:
+            self._bitmaps.finish()
         self._staging.commit()
 
     def discard(self) -> None:

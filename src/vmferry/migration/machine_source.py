@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 from vmferry.memory import PAGE_SIZE
@@ -11,6 +11,7 @@ from vmferry.wire.configuration import Configuration
 from vmferry.wire.layout import IGNORE_SHARED
 from vmferry.wire.ram import RamBlock
 
+from .bitmaps import DirtyBitmap
 from .capabilities import Capability
 from .machine import LiveMachine
 from .outgoing import PageStore
@@ -26,11 +27,16 @@ class MachineSource:
     page_size = PAGE_SIZE
     footers = True
     disks: Sequence[tuple[str, PageStore]] = ()
-    bitmaps: Sequence[BitmapRecord] = ()
     early: Sequence[bytes] = ()
 
-    def __init__(self, machine: LiveMachine, capabilities: frozenset[Capability]) -> None:
+    def __init__(
+        self,
+        machine: LiveMachine,
+        capabilities: frozenset[Capability],
+        bitmaps: Iterable[DirtyBitmap],
+    ) -> None:
         self._machine = machine
+        self._bitmaps = tuple(bitmaps) if Capability.DIRTY_BITMAPS in capabilities else ()
         self.was_running = machine.running
         """Whether it ran when it was stopped for the switchover, or before that does."""
         self.stood_as = PAUSED
@@ -41,6 +47,13 @@ class MachineSource:
             capabilities=(IGNORE_SHARED,) if self._ignore_shared else (),
             uuid=machine.uuid if Capability.VALIDATE_UUID in capabilities else None,
         )
+
+    @property
+    def bitmaps(self) -> Iterator[BitmapRecord]:
+        """Dirty bitmaps, with the bits that they have when those are asked for."""
+        yield from (bitmap.start() for bitmap in self._bitmaps)
+        for bitmap in self._bitmaps:
+            yield from bitmap.bits()
 
     @property
     def blocks(self) -> list[RamBlock]:

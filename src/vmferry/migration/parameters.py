@@ -174,6 +174,8 @@ class Parameters:
     * ``idle_deadline``: while the other side has something to send, or to take, and does nothing.
     * ``answer_deadline``: for each word of the handover.
     * ``continue_deadline``: at ``pre-switchover``, until somebody says to go on.
+    * ``drain_deadline``: of a machine that is stopped to be switched over, until its storage has
+      done what was begun, and once more until it is flushed.
     """
 
     max_bandwidth: Annotated[int, _Whole(0, _U64, "bytes per second")] = 128 << 20
@@ -204,6 +206,7 @@ class Parameters:
     idle_deadline: Annotated[float, _Seconds(), _OWN] = 60.0
     answer_deadline: Annotated[float, _Seconds(), _OWN] = 60.0
     continue_deadline: Annotated[float, _Seconds(), _OWN] = 300.0
+    drain_deadline: Annotated[float, _Seconds(), _OWN] = 30.0
 
     def __post_init__(self) -> None:
         for name, (attribute, rule) in _KNOWN.items():

@@ -11,15 +11,29 @@ from pathlib import Path
 
 from vmferry.machines import DiskConfig, HostedMachine, IoError
 from vmferry.machines.devices.disk import Disk
+from vmferry.migration.bitmaps import DirtyBitmaps
 from vmferry.qemu.messages import Object
 
 _LIMITS = ("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr")
 _SECTOR = 512
 
 
-def query_block(machine: HostedMachine) -> list[Object]:
+def query_block(machine: HostedMachine, bitmaps: DirtyBitmaps) -> list[Object]:
     """The answer to ``query-block``."""
-    return list(map(_info, machine.disks, machine.config.disk))
+    shown = list(map(_info, machine.disks, machine.config.disk))
+    for bitmap in bitmaps:
+        (inserted,) = (one["inserted"] for one in shown if one["device"] == bitmap.node)
+        inserted.setdefault("dirty-bitmaps", []).append(
+            {
+                "name": bitmap.name,
+                "granularity": bitmap.granularity,
+                "count": bitmap.count,
+                "recording": bitmap.log.records,
+                "busy": bitmaps.is_busy,
+                "persistent": False,
+            }
+        )
+    return shown
 
 
 def block_io_error(failed: IoError) -> Object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -123,7 +123,9 @@ class Host:
         if self._monitor is not None:
             commands = machine_commands(self.control, uuid=self._config.uuid)
             commands[CHECK] = Command(lambda _: self._check())
-            commands["query-block"] = Command(lambda _: query_block(self.machine), at_once=True)
+            commands["query-block"] = Command(
+                lambda _: query_block(self.machine, self.control.bitmaps), at_once=True
+            )
             commands |= self._disk_commands(cleanup)
             self._server = cleanup.enter_context(
                 QmpServer(self._monitor, commands, greeting=GREETING, leave=self._quit)
@@ -162,6 +164,9 @@ class Host:
     def _stand_still(self) -> bool:
         """Stop the machine, and leave its images to whoever may have them; whether it ran."""
         ran = self.machine.running
+        with suppress(MachineError):
+            self.machine.pause()
+        # A migration that waited for the same, and was given up, lets it run again at that moment.
         self.machine.pause()
         inactivate_all(self.machine.images)
         return ran

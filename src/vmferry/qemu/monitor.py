@@ -7,10 +7,12 @@ here (``CommandNotFound``), and what it can and this cannot is refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from functools import partial
+from typing import Any, Final
 from uuid import UUID
 
 from vmferry.errors import UsageError
+from vmferry.migration.bitmaps import DirtyBitmaps
 from vmferry.migration.capabilities import Capability
 from vmferry.migration.control import Control
 from vmferry.qemu.commands import Command
@@ -62,7 +64,36 @@ def machine_commands(
             lambda arguments: control.proceed(arguments["state"]), required={"state": str}
         ),
         "migrate_cancel": Command(lambda _: control.cancel(), at_once=True),
+        **_bitmap_commands(control.bitmaps),
     }
+
+
+def _bitmap_commands(bitmaps: DirtyBitmaps) -> dict[str, Command]:
+    def order(give: Callable[[str, str], None]) -> Command:
+        return Command(
+            lambda arguments: give(arguments["node"], arguments["name"]),
+            required={"node": str, "name": str},
+        )
+
+    return {
+        "block-dirty-bitmap-add": Command(
+            lambda arguments: _add_bitmap(bitmaps, **arguments),
+            required={"node": str, "name": str},
+            optional={"granularity": int, "persistent": bool, "disabled": bool},
+        ),
+        "block-dirty-bitmap-remove": order(bitmaps.remove),
+        "block-dirty-bitmap-clear": order(bitmaps.clear),
+        "block-dirty-bitmap-enable": order(partial(bitmaps.record, on=True)),
+        "block-dirty-bitmap-disable": order(partial(bitmaps.record, on=False)),
+    }
+
+
+def _add_bitmap(
+    bitmaps: DirtyBitmaps, node: str, name: str, *, persistent: bool = False, **more: Any
+) -> None:
+    if persistent:
+        raise UsageError("dirty bitmaps are kept in memory by vmferry, and cannot be persistent")
+    bitmaps.add(node, name, **more)
 
 
 def _question(ask: Callable[[], object]) -> Command:

@@ -48,6 +48,9 @@ class NbdStorage:
             with suppress(OSError):  # closed
                 self._latest.shutdown(socket.SHUT_RDWR)
 
+    def check_place(self) -> None:
+        """Nothing: what an export is made of is the server's business."""
+
     def _connect(self) -> socket.socket:
         self._latest = connection = self._connected()
         return connection

@@ -184,8 +184,15 @@ class Disk:
         self.worker.resume()
 
     def stop(self) -> None:
-        """Do none any more: when this returns nothing of guest memory or the image changes."""
+        """Begin no more."""
         self.worker.pause()
+
+    def drain(self) -> None:
+        """Wait for what was begun: when this returns nothing of guest memory or the image changes.
+
+        Unless :meth:`start` was called meanwhile, which ends the wait.
+        """
+        self.worker.drain()
 
     def close(self) -> None:
         """End the thread."""
@@ -280,12 +287,16 @@ class Worker:
             self._changed.notify_all()
 
     def pause(self) -> None:
-        """Do no more; returns when nothing is being done."""
+        """Begin no more."""
         with self._changed:
             self._runs = False
+
+    def drain(self) -> None:
+        """Wait until nothing is being done, or it is resumed."""
+        with self._changed:
             if threading.current_thread() is self._thread:
                 raise MachineError("a disk cannot wait for itself")
-            self._changed.wait_for(lambda: not self._is_inside)
+            self._changed.wait_for(lambda: self._runs or not self._is_inside)
 
     def close(self) -> None:
         """End the thread."""
