@@ -17,7 +17,8 @@ CHUNK: Final = 1 << 20
 class ChangeLog:
     """The chunks of an image of *size* bytes that were changed since they were taken the last time.
 
-    A chunk has *chunk* bytes.  While ``records`` is off nothing is noted.
+    A chunk has *chunk* bytes.  While ``records`` is off nothing is noted.  ``own``: it is about the
+    changes that this side makes, whatever another one does while the image is let go of.
 
     A change is noted when it has been made.  So whoever takes chunks and then reads them has all
     that was noted before, and finds what was being made meanwhile the next time: nothing is lost
@@ -26,7 +27,15 @@ class ChangeLog:
     A context manager, as *stop* ends it.  Any thread may call anything.
     """
 
-    def __init__(self, size: int, stop: Callable[[ChangeLog], None], chunk: int = CHUNK) -> None:
+    def __init__(
+        self,
+        size: int,
+        stop: Callable[[ChangeLog], None],
+        chunk: int = CHUNK,
+        *,
+        own: bool = False,
+    ) -> None:
+        self.own = own
         self._size = size
         self._chunk = chunk
         self._marks = bytearray(-(-size // chunk))

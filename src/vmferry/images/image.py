@@ -95,11 +95,11 @@ class Image(Protocol):
         backing file has.  What is written meanwhile may be in it or not.
         """
 
-    def log_changes(self, chunk: int = CHUNK) -> ChangeLog:
+    def log_changes(self, chunk: int = CHUNK, *, own: bool = False) -> ChangeLog:
         """Log from now on which chunks are written, zeroed or discarded; until the log is closed.
 
         They have *chunk* bytes each.  Meanwhile it cannot be resized.  All counts as changed where
-        it was let go of meanwhile.
+        it was let go of meanwhile, unless it is about this side's *own* changes.
         """
 
     def activate(self) -> None:

@@ -123,10 +123,10 @@ class StoredImage:
             yield from (extent for extent in extents if extent.data)
             offset = extents[-1].end
 
-    def log_changes(self, chunk: int = CHUNK) -> ChangeLog:
+    def log_changes(self, chunk: int = CHUNK, *, own: bool = False) -> ChangeLog:
         """See :meth:`Image.log_changes`."""
         with self._gate.shared(), self._logging:
-            log = ChangeLog(self._size, self._forget, chunk)
+            log = ChangeLog(self._size, self._forget, chunk, own=own)
             self._logs = (*self._logs, log)
             return log
 
@@ -139,8 +139,9 @@ class StoredImage:
                 self._access = self._storage.open()
                 self._size = self._access.size
                 self._note_change()  # whoever had it before may have left something
-                for log in self._logs:  # another side may have had it meanwhile
-                    log.note(0, self._size)
+                for log in self._logs:
+                    if not log.own:  # another side may have had it meanwhile
+                        log.note(0, self._size)
 
     def inactivate(self) -> None:
         """See :meth:`Image.inactivate`."""

@@ -166,7 +166,8 @@ class DirtyBitmaps:
     def _add(self, node: str, name: str, granularity: int) -> DirtyBitmap:
         self.check(node, name, granularity)
         image = self._images[node]
-        bitmap = DirtyBitmap(node, name, granularity, image.size, image.log_changes(granularity))
+        log = image.log_changes(granularity, own=True)
+        bitmap = DirtyBitmap(node, name, granularity, image.size, log)
         self._bitmaps[node, name] = bitmap
         return bitmap
 
