@@ -15,9 +15,11 @@ from uuid import UUID
 
 from vmferry.errors import (
     ChannelClosed,
+    CommandFailed,
     InDoubt,
     PeerError,
     Refused,
+    StorageError,
     TransportError,
     UsageError,
     VmferryError,
@@ -64,6 +66,10 @@ _FLUSHES_SINCE: Final = (8, 1)
 """Machine types from this version on synchronise multifd by a record, not at each section's end."""
 
 _CANCELLED: Final = "the migration was cancelled on this side"
+
+_KEPT: Final = (
+    "it stays stopped here until an operator who knows that it does not run there starts it"
+)
 
 _SWITCHING: Final = 2
 """A ping, as QEMU numbers them, before memory follows the machine."""
@@ -197,13 +203,24 @@ class Source:
                 refusal = None
                 if isinstance(error, TransportError) and self._answered and not self._cancelled:
                     refusal = verdict.refusal()
+                if not self._answered:
+                    self._hear_of_failure(error)
                 self.handover.hear(Word.LOST)
                 # No thread shall wait for a channel that nobody reads any more.
                 for channel in self._channels:
                     channel.shutdown()
                 if refusal is not None:
                     raise refusal from None
+                if not self._answered and self.handover.stage == Stage.UNKNOWN:
+                    raise InDoubt(
+                        f"all was sent, and nobody knows whether it has arrived ({error}); {_KEPT}"
+                    ) from error
                 raise
+
+    def _hear_of_failure(self, error: BaseException) -> None:
+        """Nobody answers, but what cannot be written, or a command that fails, is an answer too."""
+        if isinstance(error, StorageError | CommandFailed):
+            self.handover.hear(Word.REFUSED)
 
     def _conclude(self) -> None:
         """Everything is sent: hear that it is loaded, and let go of a machine that ran."""
@@ -254,8 +271,7 @@ class Source:
         self.handover.hear(Word.LOST)
         raise InDoubt(
             f"the destination was given the machine and did not say that it runs it ({error});"
-            " it stays stopped here until an operator who knows that it does not run there"
-            " starts it"
+            f" {_KEPT}"
         ) from error
 
     def linger(self) -> None:
