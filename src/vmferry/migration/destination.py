@@ -114,6 +114,9 @@ class Destination:
         self._package: Package | None = None
         self.runs_early = False
         """Whether the machine runs, and not all of its memory has come."""
+        self.is_over = False
+        """Whether the machine is this side's, and its source let go of it: no failure takes that
+        back."""
         self._sink = sink
         self._claim = claim or (lambda: None)
         self._taken = taken or (lambda: None)
@@ -207,7 +210,8 @@ class Destination:
         try:
             self._run()
         except BaseException:
-            self._meter.phase("failed")
+            if not self.is_over:
+                self._meter.phase("failed")
             raise
         self._meter.phase("completed")
 
@@ -225,7 +229,7 @@ class Destination:
             else:
                 self._claim()
                 self._answers.confirm()
-            self._taken()
+                self._taken()
             reach("running")
         except BaseException as error:
             # What broke first broke the rest: a source that is refused closes its connections.
@@ -317,7 +321,11 @@ class Destination:
         reach("images-active")
         with suppress(TransportError):  # a source that said go does not take the machine back
             self._answers.confirm()
-        reach("shut-said")
+        self.is_over = True
+        try:
+            reach("shut-said")
+        finally:
+            self._taken()
 
     def _receive(self) -> None:
         reader = self._reader

@@ -157,6 +157,7 @@ class Source:
         self.handover = Handover(SOURCE)
         self.has_switched = False
         """Whether memory follows the machine, by postcopy."""
+        self._has_ended = False
         taken = machine.numbers
         free = (number for number in range(1 << 20) if number not in taken)
         self._disk, self._ram, self._bitmap = (next(free) for _ in range(3))
@@ -174,9 +175,15 @@ class Source:
         try:
             self._run()
         except BaseException:
-            self._meter.phase("failed")
+            if not self.is_over:
+                self._meter.phase("failed")
             raise
         self._meter.phase("completed" if self._answered else "sent")
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all was sent, and loaded if that can be known: no failure takes that back."""
+        return self._has_ended or self.handover.stage == Stage.RELEASED
 
     def _run(self) -> None:
         with ExitStack() as cleanup:
@@ -199,6 +206,7 @@ class Source:
                     if self._answered:
                         self._conclude()
                     main.end_of_data()
+                self._has_ended = True
             except BaseException as error:
                 refusal = None
                 if isinstance(error, TransportError) and self._answered and not self._cancelled:
@@ -241,9 +249,9 @@ class Source:
         if ready is not None:
             self._let_go(ready)
         self.handover.hear(Word.SHUT)
+        self._passes.done()
         if self._ownership is not None:
             self._ownership.given()
-        self._passes.done()
         reach("shut-heard")
         return None
 
