@@ -154,6 +154,7 @@ class Source:
         self._pages: PageSender | None = None
         self._channels: list[Channel] = []
         self._cancelled = False
+        self._broken_off = False
         self.handover = Handover(SOURCE)
         self.has_switched = False
         """Whether memory follows the machine, by postcopy."""
@@ -186,7 +187,8 @@ class Source:
         return self._has_ended or self.handover.stage == Stage.RELEASED
 
     def _run(self) -> None:
-        with ExitStack() as cleanup:
+        # What waits for the end of a channel, and the channels.
+        with ExitStack() as outlast, ExitStack() as cleanup:
             self._cleanup = cleanup
             main = self._main = self._open(cleanup)
             self._answered = main.duplex and self._options.return_path
@@ -197,7 +199,12 @@ class Source:
                         " side can answer: use tcp: or unix:, and return-path"
                     )
                 self.handover = Handover(SOURCE_OF_QEMU)
-            verdict = self._verdict = Verdict(main, lambda: self.handover.stage == Stage.RESUMED)
+            verdict = self._verdict = Verdict(
+                main, lambda: self.handover.stage == Stage.RESUMED, self._break_off
+            )
+            if self._answered:
+                outlast.callback(verdict.join)
+                verdict.listen()
             self._meter.start()
             reach("connected")
             try:
@@ -285,7 +292,7 @@ class Source:
     def linger(self) -> None:
         """Between two sections, say that more will come, and raise where nobody waits for it."""
         if self._answered:
-            self._verdict.check_waiting()
+            self._verdict.check()
             self._send(Ping(1))
 
     def cancel(self) -> bool:
@@ -309,16 +316,24 @@ class Source:
         for channel in list(self._channels):
             channel.shutdown()
 
+    def _break_off(self) -> None:
+        """The destination wants no more, or is gone: let nobody go on sending, or wait to."""
+        self._broken_off = True
+        self.limit.shutdown()
+        for channel in list(self._channels):
+            channel.shutdown()
+
     def is_off(self) -> bool:
         """Whether nobody wants the migration any more."""
         return self._cancelled or self.handover.stage == Stage.RESUMED
 
     def _check_cancelled(self) -> None:
-        if self._cancelled:
+        if self._cancelled or self._broken_off:
             raise ChannelClosed(_CANCELLED)
 
     def _open(self, cleanup: ExitStack) -> Channel:
-        channel = cleanup.enter_context(limited(self._connect(lambda: self._cancelled), self.limit))
+        connected = self._connect(lambda: self._cancelled or self._broken_off)
+        channel = cleanup.enter_context(limited(connected, self.limit))
         # Either this sees that it was cancelled, or whoever cancels sees the channel.
         self._channels.append(channel)
         self._check_cancelled()
@@ -358,6 +373,7 @@ class Source:
         reach("devices-sent")
         if self.handover.hear(Word.SENT) is None and self._passes is not None:
             raise ChannelClosed(_CANCELLED)
+        self._verdict.all_sent()
         self._send(EndOfStream())
         if (text := machine.description) is not None:
             self._send_bytes([bytes([Kind.DESCRIPTION]) + len(text).to_bytes(4), text])
@@ -376,10 +392,11 @@ class Source:
         heeds = False
         for _ in range(_LOOKS):
             forgotten = follower.discards_ahead()
+            self._verdict.expect(_SWITCHING)
             self._send(*forgotten, Ping(_SWITCHING))
             # When that is answered, all that was sent before is in its place, and what was to be
             # forgotten is: the machine need not stand still meanwhile, but it writes.
-            heeds = self._verdict.heeds_go(_SWITCHING, options.answer)
+            heeds = self._verdict.heeds_go(options.answer)
             if not forgotten:
                 break
         self.has_switched = True
