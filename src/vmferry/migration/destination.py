@@ -17,6 +17,7 @@ import numpy as np
 from vmferry.errors import (
     ChannelClosed,
     PeerError,
+    PeerSilent,
     StreamError,
     TransportError,
     UsageError,
@@ -26,6 +27,7 @@ from vmferry.faults import reach
 from vmferry.ownership.engine import Ownership
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
+from vmferry.transports.base import silent
 from vmferry.wire import foreign
 from vmferry.wire.bitmap import BitmapRecord
 from vmferry.wire.buffer import ReceiveBuffer
@@ -63,10 +65,13 @@ from .postcopy.destination import PostcopyDestination, package_parts
 from .progress import Meter
 from .runs import Runs
 from .sink import Loader, Sink
-from .takeover import HEEDS
+from .takeover import CHANNELS, HEEDS
 
 _SILENCE: Final = 1.0
 """Seconds after which a source that waits for an answer has nothing more to send."""
+
+_ADMIT: Final = 0.2
+"""Seconds between two looks for connections that came late."""
 
 _NOT_KEPT: Final = frozenset({foreign.S390_ATTRIBUTES, foreign.SPAPR_HTAB})
 
@@ -154,6 +159,7 @@ class Destination:
         self._unheard: TransportError | None = None
         self._features: set[str] = set()
         self._flushes = False
+        self._counts = False
         self._has_machine = False
         self._iterating = False
         self._heads: dict[int, SectionStart] = {}
@@ -367,13 +373,28 @@ class Destination:
         suspicion = self._reader.suspicion
         buffer = self._reader.buffer
         if suspicion is None:
-            return _received(main, buffer, self._deadlines.idle)
+            return self._await_more(main, buffer, self._deadlines.idle)
         try:
             return _received(main, buffer, _SILENCE)
         except ChannelClosed:
             raise
         except TransportError:
             raise suspicion from None
+
+    def _await_more(self, main: Channel, buffer: ReceiveBuffer, idle: float | None) -> int:
+        """Wait at most *idle* seconds, and let in channels that are late."""
+        waited = 0.0
+        self._connections.admit()
+        while idle is None or waited + _ADMIT < idle:
+            try:
+                return _received(main, buffer, _ADMIT)
+            except PeerSilent:
+                waited += _ADMIT
+            self._connections.admit()
+        try:
+            return _received(main, buffer, idle - waited)
+        except PeerSilent:
+            raise silent(main.name, "data", idle) from None
 
     def _check_end(self, main: Channel) -> None:
         """A stream ends where its bytes do: what looks like its end before that is made to."""
@@ -514,6 +535,9 @@ class Destination:
                 if not self._reader.return_path:
                     raise PeerError("the source sent a ping but has opened no return path")
                 self._answer(Pong(command.value))
+                if self._counts:
+                    self._connections.expect(command.value)
+                self._counts = command.value == CHANNELS
                 if self._last_word.note(command.value) and self._postcopy is not None:
                     self._answer(Pong(HEEDS))
             case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps

@@ -59,7 +59,7 @@ from .passes import OnePass, Passes
 from .postcopy.server import RamFormat
 from .postcopy.way import Follower, Way
 from .progress import Meter
-from .takeover import GO, GRANTED, OWNED, announcement, has_died, keeping_the_machine
+from .takeover import CHANNELS, GO, GRANTED, OWNED, announcement, has_died, keeping_the_machine
 from .verdict import Verdict
 
 _FLUSHES_SINCE: Final = (8, 1)
@@ -352,6 +352,8 @@ class Source:
             if self._ownership is not None:
                 token = self._ownership.prepare()
                 self._send(*map(Ping, (OWNED, token >> 32, token & 0xFFFFFFFF)))
+            if self._options.multifd:
+                self._send(Ping(CHANNELS), Ping(self._options.multifd))
         urgent = None
         if self._options.postcopy:
             self._check_postcopy()
