@@ -220,6 +220,7 @@ class Connections:
             thread.join()
         for channel in self._channels:
             channel.close()
+        self._pages.clear()
 
     def _await_expected(self) -> None:
         patience = self._deadlines.first

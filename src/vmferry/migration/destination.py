@@ -250,6 +250,7 @@ class Destination:
                 self._postcopy.close()  # before the channels, on which it has the last word
             self._answers.close()
             self._connections.close()
+            self._reader.buffer.drop()
 
     def _commit(self) -> None:
         self._sink.commit(self._all_features(), footers=bool(self._reader.footers))

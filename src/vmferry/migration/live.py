@@ -146,6 +146,7 @@ class LiveSource:
 
     def close(self) -> None:
         """Stop the log, which takes the kernel a while; the machine may run meanwhile."""
+        self._cache = None
         if self._log is not None:
             self._log.stop()
 
