@@ -11,6 +11,7 @@
     │   └── StateError              a device's state does not fit its declaration, saving or loading
     ├── TransportError          4   a channel could not be opened, broke, or went silent
     │   ├── ChannelClosed           this side shut the channel down while it was in use
+    │   ├── CommandFailed           a command that was to take or to give the stream has said so
     │   └── PeerSilent              the other side said nothing for as long as it was given
     ├── PeerError               4   the other side refused, failed, or broke the order
     │   ├── Refused                 the destination has said that it does not have the machine
@@ -183,6 +184,10 @@ class TransportError(VmferryError):
 
 class ChannelClosed(TransportError):
     """The channel was shut down on this side, by another thread or before the call."""
+
+
+class CommandFailed(TransportError):
+    """A command at the other end of a channel has ended with a status that says that it failed."""
 
 
 class PeerSilent(TransportError):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -81,12 +82,23 @@ def _check(machine: PythonMachine) -> None:
 
 
 class Hosted:
-    """The process of a machine, and a session with its monitor."""
+    """The process of a machine, and a session with its monitor.
 
-    def __init__(self, path: Path, role: str, *, fault: str = "", store: str = "") -> None:
+    *before* is what stands before its command.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        role: str,
+        *,
+        fault: str = "",
+        store: str = "",
+        before: Sequence[str] = (),
+    ) -> None:
         self.path = path
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.migration.hosted", str(path), role],
+            [*before, sys.executable, "-m", "tests.migration.hosted", str(path), role],
             env={**os.environ, "VMFERRY_FAULT": fault, "OWNERSHIP": store},
         )
         wait_until(self._connect, LONG)

@@ -24,13 +24,13 @@ class Pair:
         self._path = path
 
     def begin(
-        self, *, source: str = "", destination: str = "", **parameters: object
+        self, *, source: str = "", destination: str = "", owned: bool = False, **parameters: object
     ) -> tuple[Hosted, Hosted]:
         """Begin to move a machine; *source* and *destination* are what is to go wrong there."""
-        there = self._stack.enter_context(
-            Hosted(self._path / "there", "destination", fault=destination)
-        )
-        here = self._stack.enter_context(Hosted(self._path / "here", "source", fault=source))
+        start = self._stack.enter_context
+        store = f"file:{self._path}/owner" if owned else ""
+        here = start(Hosted(self._path / "here", "source", fault=source, store=store))
+        there = start(Hosted(self._path / "there", "destination", fault=destination, store=store))
         uri = f"unix:{self._path}/channel"
         here.set(max_bandwidth=0, **parameters)
         there.set(**parameters)
@@ -101,6 +101,26 @@ def test_destination_that_fails_leaves_the_machine_to_the_source(pair: Pair, poi
     source.runs_on()
     assert point in source.query()["error-desc"]
     assert destination.run_state != "running"
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("point", ["shut-heard", *AFTERWARDS])
+def test_failure_behind_the_last_word_leaves_the_machine_at_the_destination(
+    pair: Pair, point: str, owned: bool
+) -> None:
+    if point == "shut-heard":
+        source, destination = pair.begin(source=f"{point}:fail", owned=owned)
+    else:
+        source, destination = pair.begin(destination=f"{point}:fail", owned=owned)
+    source.wait_for("completed")
+    destination.wait_for("completed")
+    assert source.run_state == "postmigrate"
+    assert source.query()["downtime"] <= source.query()["total-time"]
+    destination.runs_on()
+    assert source.run_state == "postmigrate"
+    failed = source if point == "shut-heard" else destination
+    warning = failed.qmp.wait_event("VMFERRY_WARNING")
+    assert point in str(warning)
 
 
 SHORT = {"x_vmferry_answer_deadline": 2.0, "x_vmferry_idle_deadline": 2.0}

@@ -392,6 +392,79 @@ def test_handlers_of_the_machine_take_part(lab: Lab) -> None:
     runs_on(destination)
 
 
+class Untidy(Disk):
+    """Fails when its migration is over, as a handler of a machine's own may."""
+
+    def cleanup(self) -> None:
+        raise ZeroDivisionError("an untidy disk")
+
+
+def warned(lab: Lab, name: str) -> str:
+    """What an operator of this side was told."""
+    return str([data for side, event, data in lab.events if (side, event) == (name, _WARNING)])
+
+
+_WARNING = "VMFERRY_WARNING"
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_cleanup_that_fails_behind_a_migration_takes_nothing_back(lab: Lab, answered: bool) -> None:
+    source, destination, address = lab.pair()
+    machine(source).registry.register_iterative(Untidy())
+    machine(destination).registry.register_iterative(Disk())
+    source.set_capabilities({"return-path": answered})
+    source.migrate(address)
+    assert source.wait(LONG) == (Status.COMPLETED if answered else Status.SENT)
+    assert source.run_state == RunState.POSTMIGRATE
+    assert destination.wait(LONG) == Status.COMPLETED
+    runs_on(destination)
+    assert not source.machine.running
+    assert "an untidy disk" in warned(lab, "source")
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_cleanup_that_fails_behind_a_failure_does_not_hide_it(lab: Lab, cancel: bool) -> None:
+    source, destination, address = lab.pair()
+    machine(source).registry.register_iterative(Untidy())
+    machine(destination).registry.register_iterative(Disk())
+    source.set_parameters({"max-bandwidth": 1 << 20})
+    source.migrate(address)
+    wait_until(lambda: destination.query()["status"] == "active")
+    if cancel:
+        source.cancel()
+        assert source.wait(LONG) == Status.CANCELLED
+    else:
+        destination.cancel_incoming()
+        assert source.wait(LONG) == Status.FAILED
+        assert "was cancelled on this side" in source.query()["error-desc"]
+    runs_on(source)
+    assert "an untidy disk" in warned(lab, "source")
+
+
+class Stuck(PythonMachine):
+    """Does not start at first."""
+
+    starts = True
+
+    def resume(self) -> None:
+        if not self.starts:
+            self.starts = True
+            raise ZeroDivisionError("a machine that does not start")
+        super().resume()
+
+
+def test_machine_that_does_not_start_where_it_came_is_there_nonetheless(lab: Lab) -> None:
+    source, _, _ = lab.pair()
+    destination = lab.side("destination", stuck := Stuck())
+    stuck.starts = False
+    source.migrate(destination.incoming(lab.uri(name="stuck")))
+    assert (source.wait(LONG), destination.wait(LONG)) == (Status.COMPLETED, Status.COMPLETED)
+    assert (source.run_state, destination.run_state) == (RunState.POSTMIGRATE, RunState.PAUSED)
+    assert "a machine that does not start" in warned(lab, "destination")
+    destination.cont()
+    runs_on(destination)
+
+
 class Endless(Disk):
     """Has as much to write at the end as at the beginning."""
 

@@ -66,6 +66,11 @@ class Sending:
     def answer(self, *messages: Message) -> None:
         self.main.send([message.encode() for message in messages])
 
+    def confirm(self, *messages: Message) -> None:
+        """Say that the machine is loaded, behind *messages*, once all of it was sent."""
+        wait_until(lambda: "loading" in self.phases)
+        self.answer(*messages, Shut(0))
+
     def read_all(self) -> list[Future[bytes]]:
         """Take everything that comes on every channel."""
         return [background(lambda channel=channel: receive(channel)) for channel in self.channels]
@@ -193,10 +198,16 @@ def test_requests_for_pages_are_out_of_place(start: Start, message: Message) -> 
     assert "as if this were postcopy" in sending.error(PeerError)
 
 
+def test_success_before_anything_was_sent_is_none(start: Start) -> None:
+    sending = start(BIG)
+    sending.answer(Shut(0))
+    assert "a machine that was not sent yet" in sending.error(PeerError)
+
+
 def test_success_is_heard_behind_other_answers_and_phases_end_with_it(start: Start) -> None:
     sending = start(Resting(), answer=PROMPT)
     reading = sending.read_all()
-    sending.answer(SwitchoverAck(), Pong(1), Shut(0))
+    sending.confirm(SwitchoverAck(), Pong(1))
     sending.outcome.result(PROMPT)
     outcome = read(StreamReader(), [reading[0].result(PROMPT)])
     assert outcome.error is None
@@ -212,7 +223,7 @@ def test_page_sizes_of_blocks_are_left_out_as_no_postcopy_is_announced(start: St
 
     sending = start(Huge(memories={"pc.ram": bytes(2 << 20)}))
     reading = sending.read_all()
-    sending.answer(Shut(0))
+    sending.confirm()
     sending.outcome.result(PROMPT)
     reader = StreamReader()
     events = list(reader.feed(reading[0].result(PROMPT)))
@@ -228,7 +239,7 @@ def test_rate_limit_holds_over_all_channels(start: Start, channels: int, method:
     sending = start(machine, multifd=channels, method=method, bandwidth=4 << 20)
     began = time.monotonic()
     reading = sending.read_all()
-    sending.answer(Shut(0))
+    sending.confirm()
     sending.outcome.result(PROMPT)
     total = sum(len(future.result(PROMPT)) for future in reading)
     assert total > 256 * PAGE_SIZE * (method == Method.NONE)

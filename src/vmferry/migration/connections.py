@@ -7,6 +7,7 @@ the first byte on, so none that is silent or slow holds up what another one says
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from vmferry.errors import (
     ChannelClosed,
     LimitExceeded,
     PeerError,
+    PeerSilent,
     StreamError,
     TransportError,
     printable,
@@ -104,6 +106,7 @@ class Connections:
         self._preempt: set[Channel] = set()
         self._main: tuple[Channel, bytes] | None = None
         self._pages: list[PageChannel] = []
+        self._expected = 0
         self._settled = False
         self.failure: BaseException | None = None
 
@@ -147,6 +150,12 @@ class Connections:
         self._page_size = page_size
         self._ram_known.set()
 
+    def expect(self, channels: int) -> None:
+        """So many multifd channels will come, or have: a proxy may hold some of them up."""
+        if not 1 <= channels <= _MOST - 2:
+            raise PeerError(f"expected 1 to {_MOST - 2} multifd channels, found {channels}")
+        self._expected = channels
+
     def allow_preempt(self) -> None:
         """The source may switch to postcopy: one connection may be its preempt channel."""
         self._may_preempt = True
@@ -167,13 +176,21 @@ class Connections:
                 raise PeerError("the source has postcopy-ram on with multifd: turn that off there")
             return
         # All channels have connected before the source writes its first synchronisation.
-        while self._listener.pending():
-            if self._barrier.released > 1:
-                raise PeerError("a connection came after multifd had begun, too late to take part")
-            self._accept(0)
+        self._accept_pending()
         self._learn()
+        if len(self._pages) < self._expected:
+            self._await_expected()
         self._barrier.main(self._deadlines.idle)
         self.check()
+
+    def admit(self) -> None:
+        """Let in who has connected meanwhile; to be called now and then.
+
+        Behind a proxy a multifd channel may come later than what the main channel says, and its
+        source waits for it to be read.
+        """
+        if self._ram_known.is_set() and not (self._one_by_one and self._may_preempt):
+            self._accept_pending()
 
     def check(self) -> None:
         """Raise the failure, if there is one."""
@@ -203,6 +220,30 @@ class Connections:
             thread.join()
         for channel in self._channels:
             channel.close()
+        self._pages.clear()
+
+    def _await_expected(self) -> None:
+        patience = self._deadlines.first
+        deadline = math.inf if patience is None else time.monotonic() + patience
+        while len(self._pages) < self._expected:
+            self.check()
+            if self._listener.pending():
+                self._accept(0)
+                self._learn()
+            elif time.monotonic() < deadline:
+                time.sleep(_LOOK)
+            else:
+                waited = format_duration(patience or 0.0)
+                raise PeerSilent(
+                    f"waited {waited} for {self._expected} multifd channels,"
+                    f" {len(self._pages)} came"
+                )
+
+    def _accept_pending(self) -> None:
+        while self._listener.pending():
+            if self._barrier.released > 1:
+                raise PeerError("a connection came after multifd had begun, too late to take part")
+            self._accept(0)
 
     def _accept(self, timeout: float | None) -> None:
         channel = self._listener.accept(timeout)

@@ -485,13 +485,15 @@ class Control:
         except Exception as failure:  # noqa: BLE001 - told by whoever asks
             end, error = Status.FAILED, failure
             _clear_frames(failure)
-        with self._lock:
-            self._given_away = source.is_given_away
-            self._source = None
-            self._end(end, error)
-        # A log that cannot be stopped is noticed by the next migration.
-        with suppress(VmferryError, OSError):
-            source.close()
+        try:
+            with self._lock:
+                self._given_away = source.is_given_away
+                self._source = None
+                self._end(end, error)
+        finally:
+            # A log that cannot be stopped is noticed by the next migration.
+            with suppress(VmferryError, OSError):
+                source.close()
 
     def _run_destination(
         self, listener: Listener, destination: Destination, disks: IncomingDisks | None
@@ -501,7 +503,10 @@ class Control:
             with listener:
                 destination.run()
         except Exception as failure:  # noqa: BLE001 - told by whoever asks
-            error = failure
+            if destination.is_over:
+                self._tell(Warned(f"the machine is here, and behind that failed: {failure}"))
+            else:
+                error = failure
         if isinstance(error, ChannelClosed) and destination.runs_early:
             self._abandon(destination)
         if error is not None and disks is not None and self._awaited:
@@ -548,7 +553,11 @@ class Control:
             self._awaited = False
             self._io_error = sink.run_state == RunState.IO_ERROR
             if sink.run_state == RunState.RUNNING:
-                self.machine.resume()
+                try:
+                    self.machine.resume()
+                except Exception as error:  # noqa: BLE001 - nobody else has the machine
+                    self._tell(Warned(f"the machine stays stopped until cont: {error}"))
+                    return
                 self._tell(Resumed())
 
     def _end(self, status: Status, error: Exception | None = None) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from vmferry.errors import (
     ChannelClosed,
     PeerError,
+    PeerSilent,
     StreamError,
     TransportError,
     UsageError,
@@ -26,6 +27,7 @@ from vmferry.faults import reach
 from vmferry.ownership.engine import Ownership
 from vmferry.pages import COMPRESS, XBZRLE, ZERO
 from vmferry.transports import Channel, Listener, ReadAhead
+from vmferry.transports.base import silent
 from vmferry.wire import foreign
 from vmferry.wire.bitmap import BitmapRecord
 from vmferry.wire.buffer import ReceiveBuffer
@@ -63,10 +65,13 @@ from .postcopy.destination import PostcopyDestination, package_parts
 from .progress import Meter
 from .runs import Runs
 from .sink import Loader, Sink
-from .takeover import HEEDS
+from .takeover import CHANNELS, HEEDS
 
 _SILENCE: Final = 1.0
 """Seconds after which a source that waits for an answer has nothing more to send."""
+
+_ADMIT: Final = 0.2
+"""Seconds between two looks for connections that came late."""
 
 _NOT_KEPT: Final = frozenset({foreign.S390_ATTRIBUTES, foreign.SPAPR_HTAB})
 
@@ -114,6 +119,9 @@ class Destination:
         self._package: Package | None = None
         self.runs_early = False
         """Whether the machine runs, and not all of its memory has come."""
+        self.is_over = False
+        """Whether the machine is this side's, and its source let go of it: no failure takes that
+        back."""
         self._sink = sink
         self._claim = claim or (lambda: None)
         self._taken = taken or (lambda: None)
@@ -151,6 +159,7 @@ class Destination:
         self._unheard: TransportError | None = None
         self._features: set[str] = set()
         self._flushes = False
+        self._counts = False
         self._has_machine = False
         self._iterating = False
         self._heads: dict[int, SectionStart] = {}
@@ -212,7 +221,8 @@ class Destination:
         try:
             self._run()
         except BaseException:
-            self._meter.phase("failed")
+            if not self.is_over:
+                self._meter.phase("failed")
             raise
         self._meter.phase("completed")
 
@@ -230,7 +240,7 @@ class Destination:
             else:
                 self._claim()
                 self._answers.confirm()
-            self._taken()
+                self._taken()
             reach("running")
         except BaseException as error:
             # What broke first broke the rest: a source that is refused closes its connections.
@@ -245,6 +255,7 @@ class Destination:
                 self._postcopy.close()  # before the channels, on which it has the last word
             self._answers.close()
             self._connections.close()
+            self._reader.buffer.drop()
 
     def _commit(self) -> None:
         self._sink.commit(self._all_features(), footers=bool(self._reader.footers))
@@ -322,7 +333,11 @@ class Destination:
         reach("images-active")
         with suppress(TransportError):  # a source that said go does not take the machine back
             self._answers.confirm()
-        reach("shut-said")
+        self.is_over = True
+        try:
+            reach("shut-said")
+        finally:
+            self._taken()
 
     def _receive(self) -> None:
         reader = self._reader
@@ -364,13 +379,28 @@ class Destination:
         suspicion = self._reader.suspicion
         buffer = self._reader.buffer
         if suspicion is None:
-            return _received(main, buffer, self._deadlines.idle)
+            return self._await_more(main, buffer, self._deadlines.idle)
         try:
             return _received(main, buffer, _SILENCE)
         except ChannelClosed:
             raise
         except TransportError:
             raise suspicion from None
+
+    def _await_more(self, main: Channel, buffer: ReceiveBuffer, idle: float | None) -> int:
+        """Wait at most *idle* seconds, and let in channels that are late."""
+        waited = 0.0
+        self._connections.admit()
+        while idle is None or waited + _ADMIT < idle:
+            try:
+                return _received(main, buffer, _ADMIT)
+            except PeerSilent:
+                waited += _ADMIT
+            self._connections.admit()
+        try:
+            return _received(main, buffer, idle - waited)
+        except PeerSilent:
+            raise silent(main.name, "data", idle) from None
 
     def _check_end(self, main: Channel) -> None:
         """A stream ends where its bytes do: what looks like its end before that is made to."""
@@ -511,6 +541,9 @@ class Destination:
                 if not self._reader.return_path:
                     raise PeerError("the source sent a ping but has opened no return path")
                 self._answer(Pong(command.value))
+                if self._counts:
+                    self._connections.expect(command.value)
+                self._counts = command.value == CHANNELS
                 if self._last_word.note(command.value) and self._postcopy is not None:
                     self._answer(Pong(HEEDS))
             case PostcopyAdvise() if command.page_sizes is not None:  # else only for bitmaps

@@ -135,22 +135,33 @@ class LiveSource:
         Returns ``sent`` where there is nobody to say that it was loaded, else ``completed``.
         :meth:`close` comes afterwards in any case.
         """
-        with self._cleanup:
-            try:
-                self._source.run()
-            except BaseException:
-                if self._is_back():
-                    self._take_back()
-                    raise
-                if self._source.handover.hear(Word.SHUT) is None:
-                    raise
+        try:
+            self._source.run()
+        except BaseException as error:
+            if self._source.is_over:  # whatever fails now, the machine has gone
+                self._tell(Warned(f"all was sent, and behind that something failed: {error}"))
+            elif self._is_back():
+                self._take_back()
+                raise
+            elif self._source.handover.hear(Word.SHUT) is None:
+                raise
+        finally:
+            self._clean_up()
         if self._source.handover.stage == Stage.RELEASED:
             return Status.COMPLETED
         self._statistics.finished()
         return Status.SENT
 
+    def _clean_up(self) -> None:
+        """Undo what was set up; what fails there changes nothing about whose the machine is."""
+        try:
+            self._cleanup.close()
+        except Exception as error:  # noqa: BLE001 - a machine's own handlers, and its throttle
+            self._tell(Warned(f"cleaning up behind the migration failed: {error}"))
+
     def close(self) -> None:
         """Stop the log, which takes the kernel a while; the machine may run meanwhile."""
+        self._cache = None
         if self._log is not None:
             self._log.stop()
 

@@ -15,9 +15,11 @@ from uuid import UUID
 
 from vmferry.errors import (
     ChannelClosed,
+    CommandFailed,
     InDoubt,
     PeerError,
     Refused,
+    StorageError,
     TransportError,
     UsageError,
     VmferryError,
@@ -57,13 +59,17 @@ from .passes import OnePass, Passes
 from .postcopy.server import RamFormat
 from .postcopy.way import Follower, Way
 from .progress import Meter
-from .takeover import GO, GRANTED, OWNED, announcement, has_died, keeping_the_machine
+from .takeover import CHANNELS, GO, GRANTED, OWNED, announcement, has_died, keeping_the_machine
 from .verdict import Verdict
 
 _FLUSHES_SINCE: Final = (8, 1)
 """Machine types from this version on synchronise multifd by a record, not at each section's end."""
 
 _CANCELLED: Final = "the migration was cancelled on this side"
+
+_KEPT: Final = (
+    "it stays stopped here until an operator who knows that it does not run there starts it"
+)
 
 _SWITCHING: Final = 2
 """A ping, as QEMU numbers them, before memory follows the machine."""
@@ -148,9 +154,11 @@ class Source:
         self._pages: PageSender | None = None
         self._channels: list[Channel] = []
         self._cancelled = False
+        self._broken_off = False
         self.handover = Handover(SOURCE)
         self.has_switched = False
         """Whether memory follows the machine, by postcopy."""
+        self._has_ended = False
         taken = machine.numbers
         free = (number for number in range(1 << 20) if number not in taken)
         self._disk, self._ram, self._bitmap = (next(free) for _ in range(3))
@@ -168,12 +176,19 @@ class Source:
         try:
             self._run()
         except BaseException:
-            self._meter.phase("failed")
+            if not self.is_over:
+                self._meter.phase("failed")
             raise
         self._meter.phase("completed" if self._answered else "sent")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all was sent, and loaded if that can be known: no failure takes that back."""
+        return self._has_ended or self.handover.stage == Stage.RELEASED
+
     def _run(self) -> None:
-        with ExitStack() as cleanup:
+        # What waits for the end of a channel, and the channels.
+        with ExitStack() as outlast, ExitStack() as cleanup:
             self._cleanup = cleanup
             main = self._main = self._open(cleanup)
             self._answered = main.duplex and self._options.return_path
@@ -184,7 +199,12 @@ class Source:
                         " side can answer: use tcp: or unix:, and return-path"
                     )
                 self.handover = Handover(SOURCE_OF_QEMU)
-            verdict = self._verdict = Verdict(main, lambda: self.handover.stage == Stage.RESUMED)
+            verdict = self._verdict = Verdict(
+                main, lambda: self.handover.stage == Stage.RESUMED, self._break_off
+            )
+            if self._answered:
+                outlast.callback(verdict.join)
+                verdict.listen()
             self._meter.start()
             reach("connected")
             try:
@@ -193,17 +213,29 @@ class Source:
                     if self._answered:
                         self._conclude()
                     main.end_of_data()
+                self._has_ended = True
             except BaseException as error:
                 refusal = None
                 if isinstance(error, TransportError) and self._answered and not self._cancelled:
                     refusal = verdict.refusal()
+                if not self._answered:
+                    self._hear_of_failure(error)
                 self.handover.hear(Word.LOST)
                 # No thread shall wait for a channel that nobody reads any more.
                 for channel in self._channels:
                     channel.shutdown()
                 if refusal is not None:
                     raise refusal from None
+                if not self._answered and self.handover.stage == Stage.UNKNOWN:
+                    raise InDoubt(
+                        f"all was sent, and nobody knows whether it has arrived ({error}); {_KEPT}"
+                    ) from error
                 raise
+
+    def _hear_of_failure(self, error: BaseException) -> None:
+        """Nobody answers, but what cannot be written, or a command that fails, is an answer too."""
+        if isinstance(error, StorageError | CommandFailed):
+            self.handover.hear(Word.REFUSED)
 
     def _conclude(self) -> None:
         """Everything is sent: hear that it is loaded, and let go of a machine that ran."""
@@ -224,9 +256,9 @@ class Source:
         if ready is not None:
             self._let_go(ready)
         self.handover.hear(Word.SHUT)
+        self._passes.done()
         if self._ownership is not None:
             self._ownership.given()
-        self._passes.done()
         reach("shut-heard")
         return None
 
@@ -254,14 +286,13 @@ class Source:
         self.handover.hear(Word.LOST)
         raise InDoubt(
             f"the destination was given the machine and did not say that it runs it ({error});"
-            " it stays stopped here until an operator who knows that it does not run there"
-            " starts it"
+            f" {_KEPT}"
         ) from error
 
     def linger(self) -> None:
         """Between two sections, say that more will come, and raise where nobody waits for it."""
         if self._answered:
-            self._verdict.check_waiting()
+            self._verdict.check()
             self._send(Ping(1))
 
     def cancel(self) -> bool:
@@ -285,16 +316,24 @@ class Source:
         for channel in list(self._channels):
             channel.shutdown()
 
+    def _break_off(self) -> None:
+        """The destination wants no more, or is gone: let nobody go on sending, or wait to."""
+        self._broken_off = True
+        self.limit.shutdown()
+        for channel in list(self._channels):
+            channel.shutdown()
+
     def is_off(self) -> bool:
         """Whether nobody wants the migration any more."""
         return self._cancelled or self.handover.stage == Stage.RESUMED
 
     def _check_cancelled(self) -> None:
-        if self._cancelled:
+        if self._cancelled or self._broken_off:
             raise ChannelClosed(_CANCELLED)
 
     def _open(self, cleanup: ExitStack) -> Channel:
-        channel = cleanup.enter_context(limited(self._connect(lambda: self._cancelled), self.limit))
+        connected = self._connect(lambda: self._cancelled or self._broken_off)
+        channel = cleanup.enter_context(limited(connected, self.limit))
         # Either this sees that it was cancelled, or whoever cancels sees the channel.
         self._channels.append(channel)
         self._check_cancelled()
@@ -313,6 +352,8 @@ class Source:
             if self._ownership is not None:
                 token = self._ownership.prepare()
                 self._send(*map(Ping, (OWNED, token >> 32, token & 0xFFFFFFFF)))
+            if self._options.multifd:
+                self._send(Ping(CHANNELS), Ping(self._options.multifd))
         urgent = None
         if self._options.postcopy:
             self._check_postcopy()
@@ -334,6 +375,7 @@ class Source:
         reach("devices-sent")
         if self.handover.hear(Word.SENT) is None and self._passes is not None:
             raise ChannelClosed(_CANCELLED)
+        self._verdict.all_sent()
         self._send(EndOfStream())
         if (text := machine.description) is not None:
             self._send_bytes([bytes([Kind.DESCRIPTION]) + len(text).to_bytes(4), text])
@@ -352,10 +394,11 @@ class Source:
         heeds = False
         for _ in range(_LOOKS):
             forgotten = follower.discards_ahead()
+            self._verdict.expect(_SWITCHING)
             self._send(*forgotten, Ping(_SWITCHING))
             # When that is answered, all that was sent before is in its place, and what was to be
             # forgotten is: the machine need not stand still meanwhile, but it writes.
-            heeds = self._verdict.heeds_go(_SWITCHING, options.answer)
+            heeds = self._verdict.heeds_go(options.answer)
             if not forgotten:
                 break
         self.has_switched = True

@@ -54,6 +54,9 @@ ANNOUNCE: Final = int.from_bytes(b"vmfA")
 HEEDS: Final = int.from_bytes(b"vmfH")
 """A pong behind those to the identity: should the machine come by postcopy, it runs at *go*, and
 not at once as in a QEMU."""
+CHANNELS: Final = int.from_bytes(b"vmfM")
+"""A ping: the next one says how many multifd channels the source opens.  Without that a destination
+knows only of those that have come, and a proxy may hold some of them up."""
 READY: Final = int.from_bytes(b"vmfR")
 """A pong: everything is loaded; the numbers of the destination's identity follow as pongs."""
 OWNED: Final = int.from_bytes(b"vmfO")

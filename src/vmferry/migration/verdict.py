@@ -6,9 +6,9 @@ QEMU's.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Final
 
 from vmferry.errors import (
@@ -17,7 +17,9 @@ from vmferry.errors import (
     PeerError,
     PeerSilent,
     Refused,
+    TransportError,
     VmferryError,
+    printable,
 )
 from vmferry.ownership.identity import NUMBERS, Identity
 from vmferry.transports import Channel
@@ -48,18 +50,54 @@ _LOOK: Final = 0.02
 
 
 class Verdict:
-    """Waits on *main*, the main channel, for what the destination says of the machine.
+    """Hears on *main*, the main channel, what the destination says of the machine.
+
+    A thread of its own listens, from :meth:`listen` on: a destination that refuses, or is gone,
+    while there is still something to send need not be noticed by whoever sends, as a proxy between
+    the two may take that for ever.  Then *broke_off* is called, by that thread, to end the sending,
+    and every wait raises why.  What is heard is kept in a few numbers, however much there is of it.
 
     *given_up* is asked now and then; once it is true a wait raises :class:`ChannelClosed`.
     """
 
-    def __init__(self, main: Channel, given_up: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        main: Channel,
+        given_up: Callable[[], bool] = lambda: False,
+        broke_off: Callable[[], None] = lambda: None,
+    ) -> None:
         self._main = main
         self._given_up = given_up
+        self._broke_off = broke_off
         self._reader = ReturnPathReader()
-        self._waiting: list[Message] = []
+        self._thread: threading.Thread | None = None
+        # Guards what is below, and tells of its changes.
+        self._changed = threading.Condition()
+        self._is_sending = True
+        self._token: int | None = None
+        self._is_handed_over = False
         self._reason = ""
         self._heeds = False
+        self._ready: list[int] = []
+        self._status: int | None = None
+        self._has_ended = False
+        self._error: VmferryError | None = None
+
+    def listen(self) -> None:
+        """Begin to hear what the destination says."""
+        self._thread = threading.Thread(target=self._listen, name="return path", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the thread; the channel was closed, or has nothing more to say."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def all_sent(self) -> None:
+        """Nothing more is needed to load the machine: from here on the destination may say so."""
+        with self._changed:
+            self._check()
+            self._is_sending = False
 
     def await_ready(self, patience: float | None) -> Identity | None:
         """Return once the destination has loaded everything: who it is, where it waits for a *go*.
@@ -67,27 +105,29 @@ class Verdict:
         ``None`` where it has taken the machine without asking, as a QEMU does.  Raises as
         :meth:`await_success`, and nothing is in doubt.
         """
-        pongs: list[int] = []
-        for message in self._messages(patience):
-            if _is_success(message, self._reason):
-                return None
-            if isinstance(message, Pong) and (pongs or message.value == READY):
-                pongs.append(message.value)
-            if len(pongs) > NUMBERS:
-                return Identity.from_numbers(pongs[1:])
-        raise PeerError(_LEFT)
+        if not self._wait(lambda: self._status is not None or self._is_ready, patience):
+            raise PeerError(self._left)
+        self._check_refused()
+        return Identity.from_numbers(self._ready[1:]) if self._is_ready else None
 
-    def heeds_go(self, token: int, patience: float | None) -> bool:
-        """Wait for the answer to the ping *token*; whether the destination has said :data:`HEEDS`.
+    def expect(self, token: int) -> None:
+        """The ping *token* is about to be sent; what follows its answer is for somebody else."""
+        with self._changed:
+            self._token, self._is_sending = token, True
+        if self._is_handed_over:  # by the answer to the ping before
+            self._is_handed_over = False
+            self.listen()
+
+    def heeds_go(self, patience: float | None) -> bool:
+        """Wait for the answer to the ping of :meth:`expect`; whether it has said :data:`HEEDS`.
 
         Then everything that was sent before has come, and it has nothing more to say.
         """
-        for message in self._messages(patience):
-            if _is_success(message, self._reason):
-                raise PeerError(_TOO_EARLY)
-            if message == Pong(token):
-                return self._heeds
-        raise PeerError(_LEFT)
+        if not self._wait(lambda: self._token is None, patience):
+            raise PeerError(self._left)
+        self.join()
+        self._is_sending, self._is_handed_over = False, True
+        return self._heeds
 
     def await_success(self, patience: float | None) -> None:
         """Return once the destination has said that it has the machine.
@@ -96,25 +136,29 @@ class Verdict:
         to postcopy, :class:`InDoubt` where it leaves without a word; :class:`PeerSilent` after
         *patience* seconds in all.
         """
-        if not any(_is_success(message, self._reason) for message in self._messages(patience)):
-            raise InDoubt(_LEFT)
+        if not self._wait(lambda: self._status is not None, patience):
+            raise InDoubt(self._left)
+        self._check_refused()
 
-    def check_waiting(self) -> None:
-        """Raise :class:`PeerError` where the destination has ended the migration by now."""
-        with suppress(PeerSilent):
-            if any(_is_success(message, self._reason) for message in self._messages(_LOOK)):
-                raise PeerError(_TOO_EARLY)
-            raise PeerError(_LEFT)
+    def check(self) -> None:
+        """Raise why the destination has ended the migration by now, if it has."""
+        with self._changed:
+            self._check()
 
-    def refusal(self) -> PeerError | None:
-        """What a destination that broke the connection had said before, if it said why."""
+    def refusal(self) -> VmferryError | None:
+        """What a destination that broke the connection had said before, if it said why.
+
+        Where it was noticed here first: what was noticed.
+        """
+        if self._is_handed_over:  # it has failed, and reads no more
+            self.listen()
         try:
             self.await_success(_LAST_WORDS)
         except Refused as refusal:
             return refusal
         except VmferryError:
             pass
-        return None
+        return self._error if self._is_sending else None
 
     def is_success(self) -> bool:
         """Whether a destination that is gone had said before that it has the machine."""
@@ -124,47 +168,95 @@ class Verdict:
             return False
         return True
 
-    def _messages(self, patience: float | None) -> Iterator[Message]:
-        """What it says, up to the end of the connection; one wait may go on after another."""
-        deadline = None if patience is None else time.monotonic() + patience
-        buffer = self._reader.buffer
-        while True:
-            while self._waiting:
-                message = self._waiting.pop(0)
-                if isinstance(message, Reason):
-                    self._reason = message.text
-                else:
-                    # It may come long before anybody asks for it.
-                    self._heeds |= message == Pong(HEEDS)
-                    yield message
-            if buffer.ended:
-                return
-            buffer.received(self._receive(buffer.room(), deadline, patience or 0.0))
-            self._waiting.extend(self._reader.events())
+    @property
+    def _left(self) -> str:
+        return f"{printable(self._main.name)}: {_LEFT}"
 
-    def _receive(self, room: memoryview, deadline: float | None, patience: float) -> int:
-        # Whatever else comes meanwhile does not move the deadline.
-        while deadline is None or time.monotonic() < deadline:
-            if self._given_up():
-                raise ChannelClosed("the migration was cancelled on this side")
-            left = _LOOK if deadline is None else min(_LOOK, deadline - time.monotonic())
-            try:
-                return self._main.recv_into(room, max(left, 0.001))
-            except PeerSilent:
-                continue
-        raise PeerSilent(f"waited {format_duration(patience)} for the destination's answer")
+    @property
+    def _is_ready(self) -> bool:
+        return len(self._ready) > NUMBERS
 
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
-def _is_success(message: Message, reason: str) -> bool:
-    match message:
-        case Shut(0):
-            return True
-        case Shut():
-            why = f": {reason}" if reason else "; its own messages say why"
+    def _check_refused(self) -> None:
+        if self._status:
+            why = f": {self._reason}" if self._reason else "; its own messages say why"
             raise Refused(f"the destination refused the machine{why}")
-        case Pong() | SwitchoverAck():
-            return False
-        case _:
-            raise PeerError(
-                f"the destination answered {type(message).__name__}, as if this were postcopy"
-            )
+
+    def _wait(self, condition: Callable[[], bool], patience: float | None) -> bool:
+        """Wait for *condition*; false where the destination has left before."""
+        deadline = None if patience is None else time.monotonic() + patience
+        with self._changed:
+            while not condition():
+                self._check()
+                if self._has_ended:
+                    return False
+                if self._given_up():
+                    raise ChannelClosed("the migration was cancelled on this side")
+                left = _LOOK if deadline is None else min(_LOOK, deadline - time.monotonic())
+                if left <= 0:
+                    waited = format_duration(patience or 0.0)
+                    raise PeerSilent(f"waited {waited} for the destination's answer")
+                self._changed.wait(left)
+            return True
+
+    # In the thread
+
+    def _listen(self) -> None:
+        buffer = self._reader.buffer
+        try:
+            while True:
+                for message in self._reader.events():
+                    if self._take(message):
+                        return
+                if buffer.ended:
+                    break
+                buffer.received(self._main.recv_into(buffer.room()))
+            error = None
+        except VmferryError as failure:
+            error = failure
+        with self._changed:
+            if self._is_sending and error is None:
+                error = TransportError(self._left)
+            self._error, self._has_ended = error, True
+            self._changed.notify_all()
+            is_early = self._is_sending
+        if is_early:
+            self._broke_off()
+
+    def _take(self, message: Message) -> bool:
+        """Note *message*; whether it is the last one to hear."""
+        with self._changed:
+            is_last = self._note(message)
+            if self._is_sending:
+                self._check_refused()
+                if self._ready or self._status is not None:
+                    raise PeerError(_TOO_EARLY)
+            self._changed.notify_all()
+            return is_last
+
+    def _note(self, message: Message) -> bool:
+        match message:
+            case Reason(text):
+                self._reason = text
+            case Shut(status):
+                self._status = status
+                return True
+            case Pong(value) if self._ready or value == READY:
+                if not self._is_ready:
+                    self._ready.append(value)
+            case Pong(value):
+                # It may come long before anybody asks for it.
+                self._heeds |= value == HEEDS
+                if value == self._token:
+                    self._token = None
+                    return True
+            case SwitchoverAck():
+                pass
+            case _:
+                raise PeerError(
+                    f"the destination answered {type(message).__name__}, as if this were postcopy"
+                )
+        return False

@@ -21,7 +21,13 @@ import subprocess
 from collections.abc import Iterator
 from typing import Final
 
-from vmferry.errors import ChannelClosed, StorageError, TransportError, printable
+from vmferry.errors import (
+    ChannelClosed,
+    CommandFailed,
+    StorageError,
+    TransportError,
+    printable,
+)
 from vmferry.units import format_duration
 
 from .base import closed
@@ -81,7 +87,7 @@ class CommandChannel(DescriptorChannel):
             late = format_duration(END_WAIT)
             raise self._error(f"the command still runs {late} after the end of the data")
         if status:
-            raise self._error(_describe(status))
+            raise self._failed(status)
 
     def _await_end(self, seconds: float) -> int | None:
         """The status of the command once it has ended; a shutdown ends the wait."""
@@ -102,8 +108,13 @@ class CommandChannel(DescriptorChannel):
             status = self._await_end(_GRACE)
             if status is not None:
                 self._is_status_due = False
-                return self._error(f"{_describe(status)} before it had read everything")
+                return self._failed(status, " before it had read everything")
         return super()._failure(doing, error)
+
+    def _failed(self, status: int, when: str = "") -> TransportError:
+        text = f"{printable(self.name)}: {_describe(status)}{when}"
+        # One that was killed had no time to say what became of what it had read.
+        return CommandFailed(text) if status > 0 else TransportError(text)
 
     def _error(self, text: str) -> TransportError:
         return TransportError(f"{printable(self.name)}: {text}")

@@ -115,6 +115,7 @@ class ReadAhead(WrappedChannel):
         self.shutdown()
         super().close()
         self._thread.join()
+        self._memory = memoryview(b"")
 
     def _run(self) -> None:
         try:

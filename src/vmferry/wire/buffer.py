@@ -84,6 +84,12 @@ class ReceiveBuffer:
         self._view[: len(held)] = held
         self._start, self._end = 0, len(held)
 
+    def drop(self) -> None:
+        """Forget what is in it, and let go of its memory: nothing more will be received."""
+        self._memory = bytearray()
+        self._view = memoryview(self._memory)
+        self._start = self._end = 0
+
     def received(self, count: int) -> None:
         """Take note that *count* bytes were put into ``room()``; 0 is the end of the input."""
         if count == 0:

@@ -21,6 +21,7 @@ from vmferry import TransportError, UsageError
 from vmferry.memory import faults
 from vmferry.migration.control import Control
 from vmferry.migration.status import Status
+from vmferry.qemu.qmp import QmpError
 from vmferry.wire.return_path import Shut
 
 NO_FAULTS = faults.missing(kernel=False)
@@ -55,7 +56,7 @@ class Pair:
         here.qmp.execute("migrate-set-capabilities", POSTCOPY)
         here.set(**(SLOW | parameters))
         here.qmp.execute("migrate", {"uri": self.relay.address if relayed else uri})
-        with suppress(TransportError):  # it may die before it has answered
+        with suppress(TransportError, QmpError):  # it may die before, or have failed by now
             here.qmp.execute("migrate-start-postcopy")
         return here, there
 
