@@ -57,7 +57,7 @@ def holds_the_guest(world: World) -> bool:
 
 AT_THE_DESTINATION = {
     *(Stage.TAKING, Stage.TAKEN, Stage.OPENING, Stage.STARTING),
-    *(Stage.LAPSED, Stage.RUNNING),
+    *(Stage.LOOKING, Stage.LAPSED, Stage.RUNNING),
 }
 
 

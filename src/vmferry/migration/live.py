@@ -201,6 +201,7 @@ class LiveSource:
             return True
         if not self._ownership.undo():
             return False
+        reach("back")
         self._source.handover.hear(Word.GONE)
         return True
 
@@ -210,14 +211,22 @@ class LiveSource:
             if not self.has_stopped or not self._source.handover.may_run:
                 return
             self.has_stopped = False
+            runs = self._outgoing.was_running
             try:
-                activate_all(self._machine.images)
+                if self._ownership is None:
+                    self._run_again()
+                elif not self._ownership.carry_out(self._run_again, runs=runs):
+                    return  # its lease has lapsed, and it runs when that counts again
             except StorageError as error:
                 self._tell(Warned(f"the machine stays stopped until cont: {error}"))
                 return
-            if self._outgoing.was_running:
-                self._machine.resume()
+            if runs:
                 self._tell(Resumed())
+
+    def _run_again(self) -> None:
+        activate_all(self._machine.images)
+        if self._outgoing.was_running:
+            self._machine.resume()
 
     # Postcopy
 
@@ -375,6 +384,8 @@ class LiveSource:
         with self._lock:
             if self._source.handover.hear(Word.STOP) is None:
                 raise ChannelClosed("the migration was cancelled on this side")
+            if self._ownership is not None and not self._ownership.stop():
+                raise StorageError("the lease of this side's ownership of the machine has lapsed")
             # Somebody may have paused it meanwhile.
             self._outgoing.was_running = self._machine.running
             self._outgoing.stood_as = self._stands_as()
@@ -385,8 +396,6 @@ class LiveSource:
             self._machine.pause()
             if self._outgoing.was_running:
                 self._tell(Stopped())
-        if self._ownership is not None and not self._ownership.stop():
-            raise StorageError("the machine is not known to be this side's: its lease has lapsed")
         reach("stopped")
         if self._pauses:
             self._track.move(Status.PRE_SWITCHOVER)
