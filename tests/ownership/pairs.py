@@ -41,17 +41,21 @@ class Pair:
         destination: str = "",
         pauses: bool = False,
         fails: bool = False,
+        waits_at: str = "",
         to: str = "",
     ) -> tuple[Process, Process]:
         """Both sides; with *fails* the destination does not get at the disk in the end.
 
-        *to* is where the source thinks that its destination is.
+        It waits at *waits_at*, and *to* is where the source thinks that it is.
         """
         start, path = self._stack.enter_context, self._path
-        channel = f"unix:{path}/channel"
+        channel = waits_at or f"unix:{path}/channel"
         here = start(Process(self._here, path / "here", fault=source))
-        arriving = ("--incoming", channel)
-        there = start(Process(self._there, path / "there", *arriving, fault=destination))
+        there = start(
+            Process(self._there, path / "there", "--incoming", "defer", fault=destination)
+        )
+        there.qmp.execute("migrate-set-parameters", SHORT)
+        there.qmp.execute("migrate-incoming", {"uri": channel})
         wait_until(lambda: any(self.disk.read_bytes()[:512]), LONG)
         state = {"capability": "pause-before-switchover", "state": pauses}
         here.qmp.execute("migrate-set-capabilities", {"capabilities": [state]})
@@ -61,6 +65,11 @@ class Pair:
         with suppress(TransportError):  # it may die before it has answered
             here.qmp.execute("migrate", {"uri": to or channel})
         return here, there
+
+    def arrive(self, name: str) -> Process:
+        """One more destination, that waits at the channel of its *name*."""
+        arriving = ("--incoming", f"unix:{self._path}/{name}.channel")
+        return self._stack.enter_context(Process(self._here, self._path / name, *arriving))
 
     @property
     def phase(self) -> Phase:
@@ -85,11 +94,18 @@ class Pair:
         return again
 
 
+def runs(one: Process) -> bool:
+    """Whether the machine runs there."""
+    with suppress(TransportError):  # it has ended
+        return one.run_state == "running"
+    return False
+
+
 def the_one_that_runs(*processes: Process) -> Process:
     """Wait until there is one; it fails if there are two."""
 
     def running() -> list[Process]:
-        return [one for one in processes if one.lives and one.run_state == "running"]
+        return [one for one in processes if runs(one)]
 
     wait_until(lambda: bool(running()), LONG)
     (one,) = running()
