@@ -431,15 +431,14 @@ class Ownership:
             thread.start()
 
     def _renewing(self) -> None:
-        """Keep the lease, and have back what has lapsed; waits for the store."""
+        """Keep the lease, and have back what has lapsed; waits for the store, and nothing else."""
         term = self.store.term
         pace = _ASK if term is None else term * _RENEW / 4
         renewed = now()
         while not self._closing.wait(pace):
-            with suppress(StorageError):
-                if self._stage is Stage.LAPSED:
+            if self._stage is Stage.LAPSED:
+                with suppress(StorageError):
                     self._regain()
-                self._run_again()
             if term is None or self._stage is Stage.GONE or now() - renewed < term * _RENEW:
                 continue
             with suppress(StorageError), self._keeping:
@@ -447,10 +446,12 @@ class Ownership:
                     renewed = now()
 
     def _guarding(self) -> None:
-        """Stop before the lease ends; waits for nobody."""
+        """Stop before the lease ends, and go on when it counts again; waits for no store."""
         while self.store.term is not None and not self._closing.wait(self.store.term * _GUARD):
             with suppress(StorageError):  # while its images cannot be let go of the timer is armed
                 self._check_lease()
+            with suppress(StorageError):
+                self._run_again()
 
     def _check_lease(self) -> None:
         """If the lease may end soon: stop, and be known to have stopped before it does."""
