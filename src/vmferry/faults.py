@@ -1,6 +1,7 @@
 """Named points at which a test makes a process die, freeze or fail, to see what becomes of all.
 
 ``VMFERRY_FAULT=go-said:kill`` arms one point of a process; without it :func:`reach` does nothing.
+``kill``, ``stop`` and ``fail`` say what they do; with ``delay`` the thread alone stands still.
 The points are where the code says so; each is reached once in a migration or not at all.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from typing import Final
 
 from vmferry.errors import UsageError, VmferryError
@@ -16,6 +18,9 @@ from vmferry.errors import UsageError, VmferryError
 _VARIABLE: Final = "VMFERRY_FAULT"
 
 _SIGNALS: Final = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+_DELAY: Final = 5.0
+"""Seconds, which is longer than the shortest terms of leases."""
 
 POINTS: Final = frozenset(
     {
@@ -33,6 +38,7 @@ POINTS: Final = frozenset(
         "package-sent",
         "loaded-heard",
         "reconnected",
+        "back",
         # of a destination
         "memory-known",
         "pages-stored",
@@ -54,9 +60,9 @@ POINTS: Final = frozenset(
 
 def _armed() -> tuple[str, str]:
     point, _, action = os.environ.get(_VARIABLE, "").partition(":")
-    if point and (point not in POINTS or action not in {*_SIGNALS, "fail"}):
+    if point and (point not in POINTS or action not in {*_SIGNALS, "fail", "delay"}):
         raise UsageError(
-            f"{_VARIABLE}: expected POINT:kill, :stop or :fail with a point of"
+            f"{_VARIABLE}: expected POINT:kill, :stop, :fail or :delay with a point of"
             f" {', '.join(sorted(POINTS))}, found {point}:{action}"
         )
     return point, action
@@ -71,8 +77,10 @@ def reach(point: str) -> None:
     ``fail`` raises a :class:`~vmferry.errors.VmferryError`.
     """
     if point != _point:
-        return
+        return None
     if _action == "fail":
         raise VmferryError(f"{_VARIABLE} asked for a failure at {point}")
+    if _action == "delay":
+        return time.sleep(_DELAY)
     # To the thread itself, so that it does not come a step further.
-    signal.pthread_kill(threading.get_ident(), _SIGNALS[_action])
+    return signal.pthread_kill(threading.get_ident(), _SIGNALS[_action])

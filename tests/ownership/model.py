@@ -1,4 +1,4 @@
-"""All that two engines, a third one, an operator and the record can come to.
+"""All that a source, its destinations, an engine started by hand, and an operator can come to.
 
 Breadth first, one step of one of them after another in every order.  What an engine does is what
 :mod:`vmferry.ownership.protocol` says: its table and ``judge`` are run here, not copied.  A delay
@@ -12,9 +12,11 @@ A swap that was sent stays on its way until it lands or fails; its sender may gi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import cache
+from typing import NamedTuple
 
 from vmferry.ownership.protocol import (
     LOOKS,
@@ -36,18 +38,13 @@ from vmferry.ownership.record import Phase, Record
 Judge = Callable[[Act, Record, Party], Swap | Verdict]
 Look = Callable[[Stage, Record, Party], Verdict]
 
-S, D, C = 0, 1, 2
-NAMES = "SDC"
-PARTIES = (
-    Party("S", "to-D", floor=1),
-    Party("D", "to-D"),
-    Party("C"),
-)
-"""The source, the destination, and a third engine, by which somebody starts the machine anew."""
+S, D, C, E = 0, 1, 2, 3
+NAMES = "SDCE"
+DESTINATIONS = (D, E)
+"""Of the first migration, and of the one that is tried behind it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Engine:
+class Engine(NamedTuple):
     stage: Stage
     lives: bool = True
     lease: bool = True
@@ -67,24 +64,55 @@ class Engine:
         return self.lives and self.stage in WRITES
 
 
-@dataclass(frozen=True, slots=True)
-class World:
+class World(NamedTuple):
     record: Record
-    engines: tuple[Engine, Engine, Engine]
-    ready_said: bool = False
-    """READY is on its way to the source, or lost."""
+    engines: tuple[Engine, ...]
+    begun: int = 0
+    """How many migrations the source has begun."""
+    floor: int = 1
+    """The generation before the offer of the latest attempt."""
+    sent: frozenset[int] = frozenset()
+    """The destinations to which the last state was sent; it may come at any time, or not."""
+    said: frozenset[Word] = frozenset()
+    """What is on its way to the source from the destination of the latest attempt, or lost."""
     started: bool = False
     """Somebody else than the source has run the machine."""
+    fresh: bool = False
+    """The source has not run the machine since it has sent the last state."""
 
     def put(self, who: int, engine: Engine) -> World:
-        engines = tuple(engine if i == who else old for i, old in enumerate(self.engines))
-        return replace(self, engines=engines)
+        engines = (*self.engines[:who], engine, *self.engines[who + 1 :])
+        return World(
+            *(self.record, engines, self.begun, self.floor),
+            *(self.sent, self.said, self.started, self.fresh),
+        )
+
+    @property
+    def destination(self) -> int:
+        """That of the latest attempt."""
+        return DESTINATIONS[max(self.begun - 1, 0)]
+
+    def says(self, who: int, word: Word) -> World:
+        """What *who* says to the source; one of an earlier attempt is not heard any more."""
+        heard = who == self.destination
+        return self._replace(said=self.said | {word}) if heard else self
+
+    def party(self, who: int) -> Party:
+        if who == S:
+            return Party("S", f"to-{NAMES[self.destination]}", self.floor)
+        return Party(NAMES[who], f"to-{NAMES[who]}" if who in DESTINATIONS else "")
 
 
-START = World(
-    Record(vm="vm", generation=1, phase=Phase.HELD, owner="S"),
-    (Engine(Stage.RUNNING), Engine(Stage.LOADING), Engine(Stage.CLAIMING)),
-)
+HELD_BY_SOURCE = Record(vm="vm", generation=1, phase=Phase.HELD, owner="S")
+
+
+class Knows(StrEnum):
+    """How a store can tell that an engine is gone; an operator can say so with each."""
+
+    LEASES = "leases"
+    DEATHS = "deaths"
+    """It sees that a process is dead: a file, where all are on one host."""
+    NOTHING = "nothing"
 
 
 @dataclass
@@ -95,23 +123,29 @@ class Rules:
     judge: Judge = judge
     checks_gone: bool = True
     """Whether the store, or an operator's statement, decides who is gone; else: a guess does."""
-    guards: bool = True
-    """Whether an engine stops, or is killed, before its lease ends."""
+    guarded: Set[Stage] = WRITES
+    """Where an engine stops, or is killed, before its lease ends."""
     look: Look = look
-    leases: bool = True
-    """Whether the store has leases; without, only an operator says that an engine is gone."""
+    knows: Knows = Knows.LEASES
+    tries: int = 1
+    """How many migrations the source begins."""
+    third: bool = True
+    """Whether somebody starts the machine by hand."""
 
 
 class Exploration:
     def __init__(self, rules: Rules | None = None, *, stop_at: int = 3_000_000) -> None:
         self.rules = rules or Rules()
         self._judge = cache(self.rules.judge)
-        self.before: dict[World, list[World]] = {START: []}
+        waiting = [Engine(Stage.LOADING)] * self.rules.tries
+        waiting.insert(1, Engine(Stage.CLAIMING if self.rules.third else Stage.GONE))
+        start = World(HELD_BY_SOURCE, (Engine(Stage.RUNNING), *waiting))
+        self.before: dict[World, list[World]] = {start: []}
         self.violations: list[str] = []
-        todo = deque([START])
+        todo = deque([start])
         while todo and not self.violations:
             world = todo.popleft()
-            for after in self._steps(world):
+            for after in map(_plain, self._steps(world)):
                 known = self.before.get(after)
                 if known is None:
                     self.before[after] = [world]
@@ -122,12 +156,16 @@ class Exploration:
                     known.append(world)
 
     def _check(self, world: World) -> None:
-        owners = [PARTIES[who].name for who, one in enumerate(world.engines) if one.writes]
+        owners = [NAMES[who] for who, one in enumerate(world.engines) if one.writes]
         if len(owners) > 1:
             self.violations.append(f"I1: {owners} run, or write: {world}")
         source = world.engines[S]
         if source.runs and world.started:
             self.violations.append(f"I3: the source runs what is out of date: {world}")
+        for who in DESTINATIONS[: self.rules.tries]:
+            latest = who == world.destination and world.fresh
+            if world.engines[who].runs and not latest:
+                self.violations.append(f"I3: {NAMES[who]} runs what is out of date: {world}")
 
     def leading_to(self, good: Callable[[World], bool]) -> set[World]:
         """The worlds from which one that is *good* can come about."""
@@ -149,56 +187,65 @@ class Exploration:
                 yield from self._dead(world, who)
                 continue
             if who != C:
-                yield world.put(who, replace(engine, lives=False, heard=None, waits=False))
-                yield from self._time(world, who)
+                yield world.put(who, engine._replace(lives=False, heard=None, waits=False))
+            yield from self._time(world, who)
             yield from self._talks(world, who)
             yield from self._asks(world, who)
 
     def _dead(self, world: World, who: int) -> Iterator[World]:
-        """Its lease ends, or an operator makes sure of it and says so."""
+        """Its lease ends, or an operator makes sure of it and says so, or frees the machine."""
         engine = world.engines[who]
-        if engine.lease and self.rules.leases:
-            yield world.put(who, replace(engine, lease=False))
-        name, record = PARTIES[who].name, world.record
-        if name == record.owner and name not in record.fenced:
-            generation = record.generation + 1
-            said = replace(record, generation=generation, fenced=(name,))
-            yield _without_what_cannot_land(replace(world, record=said))
+        if engine.lease and self.rules.knows is Knows.LEASES:
+            yield world.put(who, engine._replace(lease=False))
+        name, record = NAMES[who], world.record
+        if name == record.owner:
+            said = replace(record, generation=record.generation + 1)
+            if name not in record.fenced:
+                fenced = replace(said, fenced=(name,))
+                yield _without_what_cannot_land(world._replace(record=fenced))
+            if name in record.fenced or self._is_gone(world, name):
+                free = replace(said, phase=Phase.FREE, owner="", nominee="", fenced=())
+                yield _without_what_cannot_land(world._replace(record=free))
 
     def _time(self, world: World, who: int) -> Iterator[World]:
         """The lease of an engine that lives ends: it was slow, frozen, or cut off."""
         engine = world.engines[who]
-        if not engine.lease or not self.rules.leases:
-            if not engine.writes:
-                yield world.put(who, replace(engine, lease=True))
+        if self.rules.knows is not Knows.LEASES:
             return
-        if engine.writes and self.rules.guards:
+        if not engine.lease:
+            if not engine.writes and engine.stage is not Stage.GONE:
+                yield world.put(who, engine._replace(lease=True))
+            return
+        if engine.stage in self.rules.guarded:
             # In time, by its guard; or if it is frozen, by the kernel.
             yield self._moved(world, who, Word.LAPSE, lease=False)
-            yield world.put(who, replace(engine, lives=False, lease=False, heard=None, waits=False))
+            if who != C:
+                yield world.put(
+                    who, engine._replace(lives=False, lease=False, heard=None, waits=False)
+                )
         else:
-            yield world.put(who, replace(engine, lease=False))
+            yield world.put(who, engine._replace(lease=False))
 
     def _talks(self, world: World, who: int) -> Iterator[World]:
         """What one engine does because of the other, or by itself."""
         stage = world.engines[who].stage
         if who == S:
-            for word in (Word.STOP, Word.OFFER, Word.UNDO):
-                if stage is Stage.RUNNING and world.record.generation > 1:
-                    continue  # one migration
-                yield from self._hears(world, who, word)
-            if world.engines[D].runs:
-                yield from self._hears(world, who, Word.GIVEN)
-            if world.ready_said:
-                yield from self._hears(world, who, Word.READY)
-        if who == D:
+            if world.begun < self.rules.tries:
+                new = world._replace(begun=world.begun + 1, said=frozenset())
+                yield from self._hears(new, who, Word.STOP)
+            if stage is Stage.STOPPED:
+                # It has read the record, and told the destination who it is.
+                floor = world.record.generation
+                yield from self._hears(world._replace(floor=floor), who, Word.OFFER)
+            yield from self._hears(world, who, Word.UNDO)
+            for word in world.said:
+                heard = world._replace(said=world.said - {word})
+                yield from self._hears(heard, who, word)
+        if who in DESTINATIONS:
             for word in (Word.UNDO, Word.START):
                 yield from self._hears(world, who, word)
-            # The last state leaves the source when the offer has landed.
-            sent = world.engines[S].stage in {Stage.OFFERED, Stage.GRANTING, Stage.GRANTED}
-            if stage is Stage.LOADING and sent:
-                said = replace(world, ready_said=True)
-                yield from self._hears(said, who, Word.READY)
+            if who in world.sent:
+                yield from self._hears(world.says(who, Word.READY), who, Word.READY)
 
     def _hears(self, world: World, who: int, word: Word) -> Iterator[World]:
         if word in self.rules.moves[world.engines[who].stage]:
@@ -213,7 +260,7 @@ class Exploration:
         if engine.stage not in WANTS:
             return
         if engine.waits:  # its patience may end
-            yield world.put(who, replace(engine, waits=False))
+            yield world.put(who, engine._replace(waits=False))
         elif engine.heard is None:
             yield from self._reads(world, who)
         else:
@@ -221,7 +268,7 @@ class Exploration:
 
     def _looks_again(self, world: World, who: int) -> Iterator[World]:
         # One transaction: the record is as it was read, and the lease counts again.
-        match self.rules.look(world.engines[who].stage, world.record, PARTIES[who]):
+        match self.rules.look(world.engines[who].stage, world.record, world.party(who)):
             case Verdict.DONE:
                 yield self._moved(world, who, Word.DONE, lease=True)
             case Verdict.NEVER:
@@ -231,15 +278,15 @@ class Exploration:
 
     def _reads(self, world: World, who: int) -> Iterator[World]:
         engine, generation = world.engines[who], world.record.generation
-        match self._judge(WANTS[engine.stage], world.record, PARTIES[who]):
+        match self._judge(WANTS[engine.stage], world.record, world.party(who)):
             case Verdict.WAIT:
                 pass
             case Verdict() as verdict:
-                yield world.put(who, replace(engine, heard=verdict))
+                yield world.put(who, engine._replace(heard=verdict))
             case Swap() as swap if len(engine.flying) < 2:
                 swap = replace(swap, record=replace(swap.record, history=()))
                 flying = tuple(dict.fromkeys((*engine.flying, (generation, swap))))
-                yield world.put(who, replace(engine, flying=flying, waits=True))
+                yield world.put(who, engine._replace(flying=flying, waits=True))
 
     def _lands(self, world: World, who: int) -> Iterator[World]:
         """A swap arrives, is lost, or is answered."""
@@ -248,12 +295,12 @@ class Exploration:
             rest = engine.flying[:index] + engine.flying[index + 1 :]
             answers = engine.waits and index == len(engine.flying) - 1
             fits = generation == world.record.generation and self._is_gone(world, swap.gone)
-            gone = replace(engine, flying=rest, waits=engine.waits and not answers)
+            gone = engine._replace(flying=rest, waits=engine.waits and not answers)
             yield world.put(who, gone)  # lost, or answered: not landed
             if fits:
-                landed = _without_what_cannot_land(replace(world, record=swap.record))
+                landed = _without_what_cannot_land(world._replace(record=swap.record))
                 if swap.record.owner != "S" and swap.record.phase is Phase.HELD:
-                    landed = replace(landed, started=True)
+                    landed = landed._replace(started=True)
                 # Its answer is lost, or comes.
                 yield landed
                 if answers and engine.lives:
@@ -263,15 +310,21 @@ class Exploration:
         if not name or not self.rules.checks_gone:
             return True
         engine = world.engines[NAMES.index(name)]
-        return not engine.lease
+        return not (engine.lives if self.rules.knows is Knows.DEATHS else engine.lease)
 
     def _moved(self, world: World, who: int, word: Word, *, lease: bool | None = None) -> World:
         engine = world.engines[who]
         to = self.rules.moves[engine.stage][word]
         kept = engine.lease if lease is None else lease
-        if to in WRITES and not kept and self.rules.guards:
+        if to in self.rules.guarded and not kept:
             to = self.rules.moves[to][Word.LAPSE]
-        return world.put(who, replace(engine, stage=to, heard=None, waits=False, lease=kept))
+        if who == S and to is Stage.OFFERED:
+            world = world._replace(sent=world.sent | {world.destination}, fresh=True)
+        if who == S and to is Stage.RUNNING:
+            world = world._replace(fresh=False)
+        if who in DESTINATIONS and to is Stage.RUNNING:
+            world = world.says(who, Word.GIVEN)
+        return world.put(who, engine._replace(stage=to, heard=None, waits=False, lease=kept))
 
 
 def _without_what_cannot_land(world: World) -> World:
@@ -279,9 +332,59 @@ def _without_what_cannot_land(world: World) -> World:
     now = world.record.generation
     engines = []
     for engine in world.engines:
+        if not engine.flying:
+            engines.append(engine._replace(waits=False) if engine.waits else engine)
+            continue
         flying = tuple(flight for flight in engine.flying if flight[0] >= now)
         # Whoever waits for the answer to one of those will hear, or not: it asks again.
         waits = engine.waits and bool(flying) and flying[-1] == engine.flying[-1]
-        engines.append(replace(engine, flying=flying, waits=waits))
-    first, second, third = engines
-    return replace(world, engines=(first, second, third))
+        engines.append(engine._replace(flying=flying, waits=waits))
+    return world._replace(engines=tuple(engines))
+
+
+_NOW = 2
+
+
+def _plain(world: World) -> World:
+    """The same world without what makes no difference to anything that can follow.
+
+    Whatever is on its way compares with the record as it is now, and so a generation only says
+    whether the latest offer was revoked.
+    """
+    later = world.record.generation - _NOW
+    engines = tuple(
+        engine if engine.lives and not engine.flying else _plain_engine(engine, later)
+        for engine in world.engines
+    )
+    lost = engines[S].stage is Stage.GONE
+    sent, said = world.sent, world.said
+    return World(
+        _plain_record(world.record) if later else world.record,
+        engines,
+        begun=world.begun,
+        floor=_NOW if lost else max(min(world.floor - later, _NOW), _NOW - 1),
+        sent=sent and frozenset(who for who in sent if engines[who].stage is Stage.LOADING),
+        said=said and frozenset(() if lost else said),
+        started=world.started and not lost,
+        fresh=world.fresh,
+    )
+
+
+@cache
+def _plain_record(record: Record) -> Record:
+    return replace(record, generation=_NOW)
+
+
+@cache
+def _plain_engine(engine: Engine, later: int) -> Engine:
+    if not engine.lives:
+        engine = engine._replace(stage=Stage.GONE, heard=None, waits=False)
+    flying = tuple(
+        (when - later, replace(swap, record=_before(swap.record, later)))
+        for when, swap in engine.flying
+    )
+    return engine._replace(flying=flying)
+
+
+def _before(record: Record, later: int) -> Record:
+    return replace(record, generation=record.generation - later)

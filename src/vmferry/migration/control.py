@@ -167,6 +167,8 @@ class Control:
             self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
             was_running = self.machine.running
             self.machine.pause()
+            if self._ownership is not None:
+                self._ownership.stand_still()
         if was_running:
             self._tell(Stopped())
 
@@ -200,12 +202,23 @@ class Control:
                 return self._destination.decide(take=True)
             self._refuse_while(RunState.INMIGRATE, RunState.FINISH_MIGRATE)
             was_running = self.machine.running
-            activate_all(self.machine.images)
-            self.machine.resume()
+            self._run()
             self._given_away = self._io_error = False
         if not was_running:
             self._tell(Resumed())
         return None
+
+    def _run(self) -> bool:
+        """Let the machine run; false where it does so when its lease counts again."""
+
+        def run() -> None:
+            activate_all(self.machine.images)
+            self.machine.resume()
+
+        if self._ownership is not None:
+            return self._ownership.carry_out(run, runs=True)
+        run()
+        return True
 
     def _refuse_while(self, *states: RunState) -> None:
         if self.run_state in states:
@@ -554,9 +567,11 @@ class Control:
             self._io_error = sink.run_state == RunState.IO_ERROR
             if sink.run_state == RunState.RUNNING:
                 try:
-                    self.machine.resume()
+                    runs = self._run()
                 except Exception as error:  # noqa: BLE001 - nobody else has the machine
                     self._tell(Warned(f"the machine stays stopped until cont: {error}"))
+                    return
+                if not runs:
                     return
                 self._tell(Resumed())
 

@@ -140,13 +140,17 @@ class LastWord:
         self._meter.phase("in-doubt")
 
     def _take(self, ownership: Ownership | None) -> None:
-        if ownership is not None:
-            # Between the two: nobody else may have the images now, and it does not run yet.
-            self._claim()
-            if not ownership.start():
-                raise PeerError("the machine is another engine's by now")
+        if ownership is None:
+            reach("go-heard")
+            return self._claim()
+        # Between the two: nobody else may have the images now, and it does not run yet.
+        ownership.carry_out(self._claim)
+        if not ownership.start():
+            raise PeerError("the machine is another engine's by now")
         reach("go-heard")
-        self._claim()
+        # Its lease may have lapsed meanwhile, and its images been let go of.
+        ownership.carry_out(self._claim)
+        return None
 
     def _check_owned(self) -> Ownership | None:
         """Both sides heed the same record, or none."""

@@ -231,6 +231,7 @@ class LiveSource:
             return True
         if not self._ownership.undo():
             return False
+        reach("back")
         self._source.handover.hear(Word.GONE)
         return True
 
@@ -240,14 +241,22 @@ class LiveSource:
             if not self.has_stopped or not self._source.handover.may_run:
                 return
             self.has_stopped = False
+            runs = self._outgoing.was_running
             try:
-                activate_all(self._machine.images)
+                if self._ownership is None:
+                    self._run_again()
+                elif not self._ownership.carry_out(self._run_again, runs=runs):
+                    return  # its lease has lapsed, and it runs when that counts again
             except StorageError as error:
                 self._tell(Warned(f"the machine stays stopped until cont: {error}"))
                 return
-            if self._outgoing.was_running:
-                self._machine.resume()
+            if runs:
                 self._tell(Resumed())
+
+    def _run_again(self) -> None:
+        activate_all(self._machine.images)
+        if self._outgoing.was_running:
+            self._machine.resume()
 
     # Postcopy
 
@@ -415,8 +424,11 @@ class LiveSource:
         patience = self._parameters().drain_deadline or None
         self._pause(patience)
         flush_all(self._machine.images, patience, self._source.is_off)
-        if self._ownership is not None and not self._ownership.stop():
-            raise StorageError("the machine is not known to be this side's: its lease has lapsed")
+        with self._lock:
+            # Where its lease lapsed and came back meanwhile, it was let run again.
+            ownership = self._ownership
+            if ownership is not None and (not ownership.stop() or self._machine.running):
+                raise StorageError("the lease of this side's ownership of the machine has lapsed")
         reach("stopped")
         if self._pauses:
             self._track.move(Status.PRE_SWITCHOVER)
@@ -447,8 +459,7 @@ class LiveSource:
                     self._tell(Stopped())
                 return
             self.has_stopped = False
-            if self._outgoing.was_running:
-                self._machine.resume()
+            self._run_on()
             raise self._not_stopped
 
     def _is_late(self, patience: float) -> None:
@@ -459,8 +470,16 @@ class LiveSource:
     def _end_wait(self, why: VmferryError) -> None:
         """The machine is not to stand still after all; whoever waits for that sees to the rest."""
         self._not_stopped = self._not_stopped or why
-        if self._outgoing.was_running:
+        self._run_on()
+
+    def _run_on(self) -> None:
+        """Let the machine run as before, or when its lease counts again."""
+        if not self._outgoing.was_running:
+            return
+        if self._ownership is None:
             self._machine.resume()
+        else:
+            self._ownership.carry_out(self._machine.resume, runs=True)
 
     def let_go(self) -> None:
         """See :class:`~.precopy.Lead`."""

@@ -13,7 +13,20 @@ from vmferry.faults import reach
 
 from .deadman import DeadMan, now
 from .names import new_name, new_token
-from .protocol import MOVES, WANTS, WRITES, Act, Party, Stage, Swap, Verdict, Word, judge, look
+from .protocol import (
+    LOOKS,
+    MOVES,
+    WANTS,
+    WRITES,
+    Act,
+    Party,
+    Stage,
+    Swap,
+    Verdict,
+    Word,
+    judge,
+    look,
+)
 from .record import Phase, Record
 from .store import Outcome, Seen, Store, StoreSilent
 
@@ -24,6 +37,9 @@ _RENEW, _STOP, _KILL = 0.25, 0.6, 0.85
 """Shares of the term: how often to renew, when to stop the machine for want of that, and when the
 kernel ends a process that has not."""
 
+_GUARD: Final = 0.02
+"""Share of the term between two looks at whether to stop."""
+
 
 def nominee(token: int) -> str:
     """How the record names whoever a migration with this token goes to."""
@@ -33,8 +49,8 @@ def nominee(token: int) -> str:
 class Ownership:
     """One engine and the record at *store*, for the machine *vm* with its *images*.
 
-    *pause* stops the machine where its lease is in danger and says whether it ran, *resume* lets it
-    run again.
+    *pause* stops the machine, lets go of its images, and says whether it ran; it is called wherever
+    the images may not be open any more, whatever was done before.  *resume* lets it run again.
     *doubt* is told why nothing can be known for the moment, and an empty text when it is known
     again.  Methods that change the record return when it has changed, however long the store is
     silent; a thread of its own renews the lease.
@@ -55,16 +71,19 @@ class Ownership:
         self._pause, self._resume, self._tell_doubt = pause, resume, doubt
         self.party = Party(new_name())
         self._lock = threading.RLock()
+        self._acting = threading.RLock()
         self._keeping = threading.Lock()
         self._stage = Stage.CLAIMING
         self._doubt = ""
         self._valid = now() if store.term else math.inf
-        self._was_running = False
-        self._lapsed = False
+        self._owes = False
         self._reached: set[str] = set()
         self._closing = threading.Event()
         self._deadman = DeadMan() if store.term else None
-        self._guard = threading.Thread(target=self._guarding, name="ownership", daemon=True)
+        self._threads = [
+            threading.Thread(target=work, name="ownership", daemon=True)
+            for work in (self._renewing, self._guarding)
+        ]
 
     @property
     def stage(self) -> Stage:
@@ -104,7 +123,7 @@ class Ownership:
             if outcome is Outcome.NOT_GONE:
                 raise UsageError(taken_by_another(self.store, record))
             seen = self.store.read()
-        self._move(Word.DONE)
+        self._move(Stage.CLAIMING, Word.DONE)
         reach("claim-landed")
         if not self._regain():
             raise StorageError(f"{self.store.uri}: the lease was not given")
@@ -117,15 +136,35 @@ class Ownership:
             self._keep(None)
         self._begin_guarding()
 
+    def carry_out(self, act: Callable[[], None], *, runs: bool = False) -> bool:
+        """Do *act*, which opens the images or lets the machine run; false where that may not be.
+
+        The lease does not lapse in between: where that takes too long, and the store is silent, the
+        kernel ends this process.  Where it has lapsed, and with *act* the machine *runs*, it runs
+        when the lease counts again.
+        """
+        with self._acting:
+            self._check_lease()
+            if self._stage in {Stage.OPENING, Stage.RUNNING}:
+                act()
+                return True
+            self._owes |= runs and self._stage is Stage.LAPSED
+            return False
+
+    def stand_still(self) -> None:
+        """The machine does not run again by itself."""
+        with self._acting:
+            self._owes = False
+
     # Giving it away
 
     def stop(self) -> bool:
-        """The machine was stopped for the switchover; false where this engine does not own it."""
-        with self._lock:
-            if self._stage is not Stage.RUNNING:
+        """The machine stops for the switchover; false where it may not run here as it is."""
+        with self._acting:
+            self._check_lease()
+            if self._owes:
                 return False
-            self._move(Word.STOP)
-            return True
+            return self._move(Stage.RUNNING, Word.STOP)
 
     def prepare(self) -> int:
         """A token for a migration that begins."""
@@ -134,39 +173,40 @@ class Ownership:
         return token
 
     def offer(self, given_up: Callable[[], bool]) -> None:
-        """Name the nominee; raises where the record is not this engine's, or *given_up*."""
+        """Name the nominee, now that the images are let go of.
+
+        Raises where the record is not this engine's, or *given_up*.
+        """
         floor = self._await_read(given_up).generation
         self.party = Party(self.party.name, self.party.token, floor)
-        self._move(Word.OFFER)
+        if not self._move(Stage.STOPPED, Word.OFFER):
+            raise StorageError(f"{self.store.uri}: was silent for so long that the lease lapsed")
         self._settle(given_up)
         if self._stage is not Stage.OFFERED:
             raise PeerError(f"{self.store.uri}: the machine could not be offered: it was changed")
 
     def grant(self, given_up: Callable[[], bool]) -> None:
         """Let the nominee take the machine."""
-        self._move(Word.READY)
+        self._move(Stage.OFFERED, Word.READY)
         self._settle(given_up)
         if self._stage is not Stage.GRANTED:
             raise PeerError(f"{self.store.uri}: the machine could not be granted: it was changed")
 
     def given(self) -> None:
         """The nominee has said that it runs the machine."""
-        self._move(Word.GIVEN)
+        self._move(Stage.GRANTED, Word.GIVEN)
 
     def undo(self) -> bool:
         """The migration is off: whether the machine may run here again.
 
         Waits for an answer of the store; in doubt until then.
         """
-        with self._lock:
-            if Word.UNDO in MOVES[self._stage]:
-                self._move(Word.UNDO)
+        self._undo()
         while self._stage is Stage.REVOKING:
             if self._settle(lambda: False) is Verdict.WAIT:
                 self._note_doubt("the destination has taken the machine, and not started it yet")
                 self._rest()
-        while self._stage is Stage.LAPSED and not self._regain():
-            self._rest()
+        self._look()
         self._note_doubt("")
         return self.may_run
 
@@ -186,7 +226,7 @@ class Ownership:
                 f" name the same one? It is {record.phase} by {record.owner or 'nobody'}"
             )
         self._check_same(record)
-        self._move(Word.READY)
+        self._move(Stage.LOADING, Word.READY)
 
     def try_take(self) -> bool:
         """Take the machine if it was granted; false where it was not yet.
@@ -194,8 +234,7 @@ class Ownership:
         Raises :class:`PeerError` where its owner has it back.
         """
         self._settle(lambda: False)
-        while self._stage is Stage.TAKEN and not self._regain():
-            self._rest()
+        self._look()
         if self._stage in {Stage.OPENING, Stage.RETURNING}:
             return True
         if self._stage is Stage.GONE:
@@ -204,39 +243,52 @@ class Ownership:
 
     def start(self) -> bool:
         """The images are in place: whether the machine may run here from now on."""
-        with self._lock:
-            if self._stage is Stage.OPENING:
-                self._move(Word.START)
+        self._check_lease()
+        self._move(Stage.OPENING, Word.START)
         return self._conclude()
 
     def decline(self) -> bool:
         """Give back what was not started; whether the machine is this engine's nonetheless."""
-        with self._lock:
-            if Word.UNDO in MOVES[self._stage]:
-                self._move(Word.UNDO)
+        self._undo()
         return self._conclude()
 
     def _conclude(self) -> bool:
         while self._stage in {Stage.STARTING, Stage.RETURNING}:
             self._settle(lambda: False)
-        while self._stage is Stage.LAPSED and not self._regain():
-            self._rest()
+        self._look()
         return self.may_run
+
+    def _undo(self) -> None:
+        with self._lock:
+            if Word.UNDO in MOVES[self._stage]:
+                self._move(self._stage, Word.UNDO)
+
+    def _look(self) -> None:
+        """Return when it is known what the record says, if that is to be looked at now."""
+        while self._stage in LOOKS and not self._regain():
+            self._rest()
 
     # The end
 
     def close(self) -> None:
-        """Release what this engine owns, if the store answers; the machine does not run any more.
+        """Stop the machine, let go of its images, and release it if the store answers.
 
-        In doubt nothing is released: the record says what it says.
+        In doubt nothing is released, nor where the images cannot be let go of: the record says what
+        it says.
         """
-        self._closing.set()
-        if self._guard.is_alive():
-            self._guard.join()
-        if self._deadman is not None:
-            self._deadman.close()
+        self.stand_still()
+        try:
+            if self._stage in WRITES:
+                self._pause()
+        finally:
+            self._closing.set()
+            for thread in self._threads:
+                if thread.is_alive():
+                    thread.join()
+            if self._deadman is not None:
+                self._deadman.close()
         with suppress(StorageError):
-            if self._stage in {Stage.RUNNING, Stage.LAPSED}:
+            if self._stage in {Stage.RUNNING, Stage.LOOKING, Stage.LAPSED}:
                 seen = self.store.read()
                 if seen.record is not None:
                     found = judge(Act.RELEASE, seen.record, self.party)
@@ -249,8 +301,9 @@ class Ownership:
 
     def _settle(self, given_up: Callable[[], bool]) -> Verdict | None:
         """Have what this stage wants; WAIT where somebody else has to do something first."""
-        act = WANTS[self._stage]
-        while True:
+        stage = self._stage
+        act = WANTS[stage]
+        while self._stage is stage:
             if given_up():
                 raise ChannelClosed("the migration was cancelled on this side")
             try:
@@ -277,8 +330,8 @@ class Ownership:
             if found is Verdict.WAIT:
                 return found
             self._note_doubt("")
-            self._move(Word(found))
-            return None
+            self._move(stage, Word(found))
+        return None
 
     def _reach(self, point: str) -> None:
         """A fault point; a change that is tried again reaches it once."""
@@ -300,13 +353,20 @@ class Ownership:
             if given_up():
                 raise StoreSilent(f"{self.store.uri}: says nothing")
 
-    def _move(self, word: Word) -> None:
+    def _move(self, stage: Stage, word: Word) -> bool:
+        """Go on from *stage*; false where the lease has lapsed there meanwhile."""
         with self._lock:
-            to = MOVES[self._stage][word]
+            if self._stage is not stage:
+                return False
+            to = MOVES[stage][word]
             if to in WRITES and not self._is_valid():
                 to = MOVES[to][Word.LAPSE]
+            if stage in WRITES and to not in WRITES:
+                # Before the timer of the kernel is disarmed.
+                self._owes |= self._pause() and to is Stage.LAPSED
             self._stage = to
             self._arm()
+            return True
 
     def _is_valid(self) -> bool:
         return self.store.term is None or now() < self._valid - (1 - _STOP) * self.store.term
@@ -328,6 +388,8 @@ class Ownership:
     def _regain(self) -> bool:
         """In a stage of LOOKS: whether it is known now what the record says, and it was heeded."""
         stage = self._stage
+        if stage not in LOOKS:
+            return True
         try:
             with self._keeping:  # the lease is not given anew between the two
                 seen = self.store.read()
@@ -340,7 +402,7 @@ class Ownership:
             self._note_doubt(str(error))
             return False
         self._note_doubt("")
-        self._move(Word(found))
+        self._move(stage, Word(found))
         return self._stage is not stage
 
     def _in_doubt(self, error: Exception) -> None:
@@ -362,43 +424,48 @@ class Ownership:
                 f"{self.store.uri}: expected the record of {self._vm}, found that of {record.vm}"
             )
 
-    # The guard
+    # Two threads
 
     def _begin_guarding(self) -> None:
-        self._guard.start()
+        for thread in self._threads:
+            thread.start()
 
-    def _guarding(self) -> None:
-        pace = _ASK if self.store.term is None else self.store.term * _RENEW / 4
+    def _renewing(self) -> None:
+        """Keep the lease, and have back what has lapsed; waits for the store, and nothing else."""
+        term = self.store.term
+        pace = _ASK if term is None else term * _RENEW / 4
         renewed = now()
         while not self._closing.wait(pace):
-            if self._stage is Stage.LAPSED and self._lapsed:
-                self._come_back()
+            if self._stage is Stage.LAPSED:
+                with suppress(StorageError):
+                    self._regain()
+            if term is None or self._stage is Stage.GONE or now() - renewed < term * _RENEW:
                 continue
-            if self.store.term is None or self._stage is Stage.GONE:
-                continue
-            if now() - renewed >= self.store.term * _RENEW:
-                with suppress(StorageError), self._keeping:
-                    if self._keep(None if self._stage is Stage.LOADING else self.store.read()):
-                        renewed = now()
-            if self._stage in WRITES and not self._is_valid():
-                self._lapse()
+            with suppress(StorageError), self._keeping:
+                if self._keep(None if self._stage is Stage.LOADING else self.store.read()):
+                    renewed = now()
 
-    def _lapse(self) -> None:
-        """The lease may end soon: stop, and be known to have stopped before it does."""
-        with self._lock:
-            if self._stage is not Stage.RUNNING:
-                return  # the kernel's timer is for whoever is about to start
-            self._was_running = self._pause()
-            self._lapsed = True
-            self._move(Word.LAPSE)
+    def _guarding(self) -> None:
+        """Stop before the lease ends, and go on when it counts again; waits for no store."""
+        while self.store.term is not None and not self._closing.wait(self.store.term * _GUARD):
+            with suppress(StorageError):  # while its images cannot be let go of the timer is armed
+                self._check_lease()
+            with suppress(StorageError):
+                self._run_again()
+
+    def _check_lease(self) -> None:
+        """If the lease may end soon: stop, and be known to have stopped before it does."""
+        with self._acting, self._lock:
+            if self._stage not in WRITES or self._is_valid():
+                return
+            self._move(self._stage, Word.LAPSE)
         self._note_doubt("the lease could not be renewed: the machine stands still until it can")
 
-    def _come_back(self) -> None:
-        with suppress(StorageError):
-            if self._regain():
-                self._lapsed = False
-                if self.may_run and self._was_running:
-                    self._resume()
+    def _run_again(self) -> None:
+        with self._acting:
+            if self._owes and self._stage is Stage.RUNNING:
+                self._owes = False
+                self._resume()
 
 
 def taken_by_another(store: Store, record: Record) -> str:

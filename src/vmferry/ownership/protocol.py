@@ -227,12 +227,14 @@ class Stage(StrEnum):
     """It has the images, and is not the owner yet."""
     RUNNING = "running"
     STOPPED = "stopped"
-    """It is the owner, and has stopped the machine for the switchover."""
+    """It is the owner, and has stopped the machine for the switchover; its images are let go of."""
     OFFERING = "offering"
     OFFERED = "offered"
     GRANTING = "granting"
     GRANTED = "granted"
     REVOKING = "revoking"
+    LOOKING = "looking"
+    """It is the owner and its lease counts; it looks at the record before the machine runs."""
     LAPSED = "lapsed"
     """It is the owner as far as it knows, and stopped until its lease counts again."""
     GONE = "gone"
@@ -277,7 +279,12 @@ MOVES: Final[Table] = {
     Stage.CLAIMING: {Word.DONE: Stage.LAPSED, Word.NEVER: Stage.GONE},
     Stage.RUNNING: {Word.STOP: Stage.STOPPED, Word.LAPSE: Stage.LAPSED},
     Stage.LAPSED: {Word.DONE: Stage.RUNNING, Word.NEVER: Stage.GONE},
-    Stage.STOPPED: {Word.OFFER: Stage.OFFERING, Word.UNDO: Stage.LAPSED},
+    Stage.LOOKING: {Word.DONE: Stage.RUNNING, Word.NEVER: Stage.GONE, Word.LAPSE: Stage.LAPSED},
+    Stage.STOPPED: {
+        Word.OFFER: Stage.OFFERING,
+        Word.UNDO: Stage.LOOKING,
+        Word.LAPSE: Stage.LAPSED,
+    },
     Stage.OFFERING: {
         Word.DONE: Stage.OFFERED,
         Word.NEVER: Stage.REVOKING,
@@ -304,7 +311,7 @@ MOVES: Final[Table] = {
         Word.LAPSE: Stage.RETURNING,
     },
     Stage.STARTING: {
-        Word.DONE: Stage.LAPSED,
+        Word.DONE: Stage.LOOKING,
         Word.NEVER: Stage.GONE,
         Word.LAPSE: Stage.RETURNING,
     },
@@ -323,8 +330,15 @@ WANTS: Final[Mapping[Stage, Act]] = {
 }
 """What an engine wants of the record, where it wants something."""
 
-LOOKS: Final[Mapping[Stage, Phase]] = {Stage.LAPSED: Phase.HELD, Stage.TAKEN: Phase.TAKEN}
+LOOKS: Final[Mapping[Stage, Phase]] = {
+    Stage.LOOKING: Phase.HELD,
+    Stage.LAPSED: Phase.HELD,
+    Stage.TAKEN: Phase.TAKEN,
+}
 """Where an engine looks at its lease and the record, and what that has to say of its machine."""
 
-WRITES: Final = frozenset({Stage.RUNNING, Stage.OPENING, Stage.STARTING})
-"""Where an engine may write the images.  It is in none of these when its lease may have ended."""
+WRITES: Final = frozenset(
+    {Stage.RUNNING, Stage.STOPPED, Stage.OPENING, Stage.STARTING, Stage.LOOKING}
+)
+"""Where images are open, or may be: closing one writes too.  An engine is in none of these when its
+lease may have ended."""

@@ -11,7 +11,7 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Final, Self
 
-from vmferry.errors import MachineError, UsageError
+from vmferry.errors import MachineError, StorageError, UsageError
 from vmferry.images import activate_all, inactivate_all
 from vmferry.machines import HostedMachine, IoError, MachineConfig, create
 from vmferry.machines.guest.console import Console
@@ -109,7 +109,6 @@ class Host:
         ownership = self._owned()
         if ownership is not None:
             cleanup.callback(ownership.close)
-            cleanup.callback(self._stand_still)  # before anything is released
         self.control = Control(
             self.machine, notify=self._notify, awaited=awaited, ownership=ownership
         )
@@ -119,7 +118,6 @@ class Host:
                 ownership.await_machine()
             else:
                 ownership.claim()
-                activate_all(self.machine.images)
         if self._monitor is not None:
             commands = machine_commands(self.control, uuid=self._config.uuid)
             commands[CHECK] = Command(lambda _: self._check())
@@ -131,7 +129,10 @@ class Host:
                 QmpServer(self._monitor, commands, greeting=GREETING, leave=self._quit)
             )
         if self._incoming is None:
-            self.machine.start()
+            if ownership is None:
+                self.machine.start()
+            elif not ownership.carry_out(self._begin):
+                raise StorageError(f"{ownership.store.uri}: the lease lapsed before the start")
         elif self._incoming != DEFER:
             self.address = self.control.incoming(self._incoming)
 
@@ -160,6 +161,10 @@ class Host:
             resume=self._go_on,
             doubt=lambda why: self.control.doubted(why),  # noqa: PLW0108  (it comes to be later)
         )
+
+    def _begin(self) -> None:
+        activate_all(self.machine.images)
+        self.machine.start()
 
     def _stand_still(self) -> bool:
         """Stop the machine, and leave its images to whoever may have them; whether it ran."""
