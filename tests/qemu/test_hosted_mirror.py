@@ -104,6 +104,24 @@ def test_command_copies_and_moves(pair: Pair) -> None:
     pair.has_arrived()
 
 
+def test_copy_that_was_killed_can_be_begun_once_more(pair: Pair) -> None:
+    pair.start()
+    pair.copy().__enter__().wait_ready()  # and whoever has begun it is gone
+    with pytest.raises(Refused, match="nbd-server-stop"):
+        pair.copy().__enter__()
+    pair.destination.execute("nbd-server-stop")
+    for image in pair.here.machine.images:
+        image.write(image.size - 512, bytes(512))  # so that the mirrors find out
+
+    def have_ended() -> bool:
+        return {job["status"] for job in pair.source.execute("query-jobs")} == {"concluded"}
+
+    wait_until(have_ended)
+    with pair.copy() as copy:
+        copy.wait_ready()
+    pair.goes_on()
+
+
 def test_record_of_the_owner_goes_along(pair: Pair) -> None:
     record = OwnershipConfig(store=f"file:{pair.path}/owner")
     pair.start(replace(pair.left, ownership=record), replace(pair.right, ownership=record))

@@ -93,7 +93,15 @@ class StorageCopy:
 
     def _begin(self, cleanup: ExitStack) -> None:
         there, here = self._destination, self._source
-        there.execute("nbd-server-start", {"addr": self._server})
+        try:
+            there.execute("nbd-server-start", {"addr": self._server})
+        except QmpError as error:
+            if "running" not in error.description:
+                raise
+            raise Refused(
+                f"{error} (another copy is under way, or one that was killed has left it: start the"
+                " destination anew, or give its monitor nbd-server-stop)"
+            ) from error
         cleanup.callback(_quietly, there, "nbd-server-stop")
         for number, (disk, target) in enumerate(self._pairs):
             export = {"type": "nbd", "id": _EXPORT.format(number), "node-name": target.node}
@@ -102,6 +110,7 @@ class StorageCopy:
             cleanup.callback(
                 _quietly, there, "block-export-del", {"id": export["id"], "mode": "hard"}
             )
+            self._forget(number)
             node = {"driver": "nbd", "node-name": _TARGET.format(number)}
             node |= {"server": {"type": self._server["type"]} | self._server["data"]}
             here.execute("blockdev-add", node | {"export": export["name"]})
@@ -176,6 +185,13 @@ class StorageCopy:
 
     def _jobs(self) -> dict[str, Any]:
         return {job["id"]: job for job in self._source.execute("query-jobs")}
+
+    def _forget(self, number: int) -> None:
+        """Take away what an earlier copy that was killed has left, where it is of no use."""
+        name = _JOB.format(number)
+        if (self._jobs().get(name) or {}).get("status") == "concluded":
+            _quietly(self._source, "job-dismiss", {"id": name})
+        _quietly(self._source, "blockdev-del", {"node-name": _TARGET.format(number)})
 
     def _drop(self, number: int) -> None:
         """End a mirror, if it is still there, and forget it."""
