@@ -15,8 +15,18 @@ import pytest
 from tests.cli.command import vmferry
 from tests.images.support import block_device, on_small_file_system
 from tests.interop.lab import wait_until
-from tests.migration.test_own_disks import MIB, SIZES, config, contents, fill, journal, writing
+from tests.migration.test_own_disks import (
+    MIB,
+    SIZES,
+    config,
+    contents,
+    fill,
+    journal,
+    overlay,
+    writing,
+)
 from vmferry.errors import PeerError, Refused, VmferryError
+from vmferry.images import open_image
 from vmferry.machines import MachineConfig
 from vmferry.machines.config import OwnershipConfig
 from vmferry.qemu import Migration, Qmp, QmpError
@@ -92,6 +102,31 @@ def test_disks_and_machine_arrive_together(tmp_path: Path, kind: str) -> None:
             assert migration.wait().status == "completed"
         assert pair.source.execute("query-jobs") == []
         pair.has_arrived()
+
+
+def test_only_what_lies_above_a_backing_file_is_copied(pair: Pair) -> None:
+    left, right = (overlay(pair.path, name) for name in ("above", "other"))
+    pair.left, pair.right = left, right
+    with open_image(left.disk[1].file, active=True, format="qcow2") as image:
+        image.write(5 * MIB + 512, b"above" * 1000)
+        image.write_zeroes(2 * MIB, 65536)
+    pair.start()
+    with pair.copy(incremental=True) as copy:
+        copy.wait_ready()
+        image = pair.here.machine.images[1]
+        image.write_zeroes(3 * MIB, 65536)
+        image.discard(6 * MIB, 131072)
+        migration = Migration(pair.source)
+        migration.begin(pair.uri, before_switchover=copy.finish)
+        assert migration.wait().status == "completed"
+    pair.has_arrived()
+    with open_image(right.disk[1].file, active=True, format="qcow2") as image:
+        own = [
+            chunk
+            for extent in image.allocated(own=True)
+            for chunk in range(extent.offset // MIB, -(-extent.end // MIB))
+        ]
+    assert own == [2, 3, 5, 6]
 
 
 def test_command_copies_and_moves(pair: Pair) -> None:
