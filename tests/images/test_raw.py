@@ -176,3 +176,16 @@ def test_what_cannot_be_asked_for(tmp_path: Path) -> None:
         open_image("nbd://host/disk", active=False, format="qcow2")
     with pytest.raises(UsageError, match="qcow2 image cannot be shared"):
         open_image(tmp_path, active=False, format="qcow2", share_write=True)
+
+
+@pytest.mark.parametrize("size", [0, 4096, SIZE - 512])
+def test_what_was_cut_off_is_no_hole(tmp_path: Path, size: int) -> None:
+    """Whoever copies the image would make zeroes of it."""
+    path = make(tmp_path / "image", "raw")
+    with open_image(path, active=True) as image:
+        image.write(0, noise(1, SIZE // 2))
+        os.truncate(path, size)
+        with pytest.raises(StorageError, match="cut while it was open"):
+            list(image.allocated())
+        os.truncate(path, SIZE)
+        assert sum(extent.length for extent in image.allocated()) <= SIZE // 2

@@ -9,7 +9,7 @@ import stat
 import struct
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 from vmferry.errors import StorageError
 
@@ -140,10 +140,7 @@ class RawAccess:
         while into:
             count = os.preadv(self._fd, into[:_IOV_MAX], offset)
             if not count:
-                raise StorageError(
-                    f"{self._name}: expected {self.size} bytes, found its end at byte {offset}: "
-                    "it was cut while it was open"
-                )
+                self._refuse_cut(offset)
             into = cut(into, count)[1]
             offset += count
 
@@ -194,11 +191,19 @@ class RawAccess:
             return [Extent(offset, length)]
         end = offset + length
         start = min(holes.next_data(self._fd, offset), end)
+        if start == end and not self._is_device and (now := os.fstat(self._fd).st_size) < end:
+            self._refuse_cut(now)  # that is no hole
         extents = [Extent(offset, start - offset, data=False)] if start > offset else []
         if start < end:
             stop = min(holes.next_hole(self._fd, start), end)
             extents.append(Extent(start, stop - start))
         return extents
+
+    def _refuse_cut(self, offset: int) -> NoReturn:
+        raise StorageError(
+            f"{self._name}: expected {self.size} bytes, found its end at byte {offset}: it was cut"
+            " while it was open"
+        )
 
     def close(self) -> None:
         """See :meth:`Access.close`."""
