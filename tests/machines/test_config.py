@@ -86,7 +86,10 @@ def test_every_key_has_a_default(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("ram = ", "expected TOML: Invalid value"),
-        ("rams = 1", "rams: no such key; there are kind, ram, cpus, preallocate, uuid, guest"),
+        (
+            "rams = 1",
+            "rams: no such key; there are kind, ram, cpus, preallocate, memory-file, uuid",
+        ),
         ("kind = 'xen'", "kind: expected auto, kvm, unicorn, found 'xen'"),
         ("kind = 3", "kind: expected text, found 3"),
         ("ram = '1 parsec'", "ram: expected a size such as"),
@@ -182,6 +185,7 @@ def test_host_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             ram=64 * MIB,
             cpus=3,
             preallocate=True,
+            memory_file="/dev/shm/vm",
             uuid=UUID("1b4e28ba-2fa1-11d2-883f-0016d3cca427"),
             guest=GuestConfig(working_set=MIB, rate=7, hot=0.1, changed=1 / 3, heartbeat=0.02),
         ),

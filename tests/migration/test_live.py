@@ -472,7 +472,7 @@ class Endless(Disk):
         return 16
 
     def iterate(self, piece: PieceWriter) -> None:
-        piece.write(b"more")
+        piece.number(len(self.content), 4)  # which is loaded as often as it comes
 
 
 def test_handler_that_never_ends_keeps_nobody_waiting(lab: Lab) -> None:

@@ -151,7 +151,8 @@ class HostedMachine:
         self._runner.rest(index)
 
     def _map_ram(self, host: CpuHost) -> None:
-        block = self.memory.add(RAM, self.config.ram)
+        file = self.config.memory_file
+        block = self.memory.add(RAM, self.config.ram, shared=file is not None, file=file)
         if self.config.preallocate:
             block.preallocate()
         low = min(block.size, HOLE_START)
@@ -166,7 +167,10 @@ class HostedMachine:
 
     def start(self) -> None:
         """Put the guest into memory and run it from its first instruction."""
-        ram = self.memory[RAM].array
+        block, ram = self.memory[RAM], self.memory[RAM].array
+        if self.config.memory_file is not None:
+            block.check_alone()
+            block.discard(0, block.size)  # what another machine has left there
         sectors = min(self.images[0].size // SECTOR, _JOURNAL) if self.images else 0
         install(ram, self.config, journal_sectors=sectors)
         for index, cpu in enumerate(self._cpus):

@@ -6,6 +6,7 @@
     ram = "256MiB"
     cpus = 1
     preallocate = false         # take all of the memory from the beginning
+    memory-file = "/dev/shm/vm" # its memory is this file, for a process of this host to go on with
     uuid = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
 
     [guest]                     # what the guest that comes with vmferry does
@@ -131,6 +132,7 @@ class MachineConfig:
     ram: int = 256 << 20
     cpus: int = 1
     preallocate: bool = False
+    memory_file: str | None = None
     uuid: UUID | None = None
     guest: GuestConfig = field(default_factory=GuestConfig)
     disk: tuple[DiskConfig, ...] = ()
@@ -219,6 +221,8 @@ def _lines(
 
 def _machine(values: Mapping[str, Any], beside: Path) -> MachineConfig:
     read = _read(values, MachineConfig, _MACHINE, "")
+    if "memory_file" in read:
+        read["memory_file"] = str(beside / read["memory_file"])
     read["disk"] = tuple(_beside(disk, beside) for disk in read.get("disk", ()))
     return MachineConfig(**read)
 
@@ -338,6 +342,7 @@ _MACHINE: Final[Mapping[str, Convert]] = {
     "ram": _size,
     "cpus": _integer,
     "preallocate": _flag,
+    "memory_file": _text,
     "uuid": _uuid,
     "guest": _guest,
     "disk": _disks,

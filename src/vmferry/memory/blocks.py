@@ -1,4 +1,4 @@
-"""RAM blocks on ``memfd_create(2)``, mapped shared."""
+"""RAM blocks on ``memfd_create(2)``, or on a file that two processes share, mapped shared."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import mmap
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -14,7 +15,7 @@ from typing import ClassVar, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from vmferry.errors import UsageError, VmferryError, printable
+from vmferry.errors import StorageError, UsageError, VmferryError, printable, storage_error
 from vmferry.units import format_size
 
 from .holes import PAGE_SIZE, REGION, next_populated, populated
@@ -41,21 +42,23 @@ class MemoryBlock:
     what other processes write.
 
     ``shared``: another process that has the memory too can do without its content (QEMU's
-    ``x-ignore-shared``).  ``read_only``: the guest cannot write it; the host may.
+    ``x-ignore-shared``).  ``read_only``: the guest cannot write it; the host may.  *file* is the
+    path of one that has the content, of this size, or is made.
 
     Views of the block that somebody holds stay valid when it is closed.
     """
 
-    def __init__(self, name: str, size: int, *, shared: bool, read_only: bool) -> None:
+    def __init__(
+        self, name: str, size: int, *, shared: bool, read_only: bool, file: str | None = None
+    ) -> None:
         self.name: Final = name
         self.size: Final = size
         self.shared: Final = shared
         self.read_only: Final = read_only
+        self._file: Final = file
         with _refusal(name, size), contextlib.ExitStack() as cleanup:
-            self.fd: Final = os.memfd_create(_label(name), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            self.fd: Final = _memory(name, size) if file is None else _opened(file, size)
             cleanup.callback(os.close, self.fd)
-            os.ftruncate(self.fd, size)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             mapping = Mapping(self.fd, size)
             cleanup.pop_all()
         self.array: npt.NDArray[np.uint8] = mapping.array
@@ -66,6 +69,22 @@ class MemoryBlock:
         self.has_missing = False
         """Whether pages are still on their way, and whoever touches one waits for it."""
         self.use_huge_pages(self.address, on=True)
+
+    def check_alone(self) -> None:
+        """Raise :class:`~vmferry.errors.StorageError` where another process has the file too.
+
+        To be asked before anything is put there that is not what the other one has.
+        """
+        if self._file is None:
+            return
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StorageError(
+                f"{self._file}: another process has this memory too: end that, or let the machine"
+                " move with x-ignore-shared"
+            ) from error
+        fcntl.flock(self.fd, fcntl.LOCK_SH)
 
     def preallocate(self) -> None:
         """Take all of the memory now, so that nobody waits for it later.
@@ -186,13 +205,22 @@ class GuestMemory:
         self._watchers: list[Watcher] = []
 
     def add(
-        self, name: str, size: int, *, shared: bool = False, read_only: bool = False
+        self,
+        name: str,
+        size: int,
+        *,
+        shared: bool = False,
+        read_only: bool = False,
+        file: str | None = None,
     ) -> MemoryBlock:
         """One more block, of zeros; also while the machine runs and while a dirty log is active.
 
-        *size* in bytes, a multiple of the page size; *name* as on the wire, 1 to 255 bytes.
-        Raises :class:`~vmferry.errors.UsageError` for others, and
-        :class:`~vmferry.errors.VmferryError` where the host has no such memory.
+        *size* in bytes, a multiple of the page size; *name* as on the wire, 1 to 255 bytes.  *file*
+        is the path of a file on a ``tmpfs``, as below ``/dev/shm``, that has its content, for
+        another process to have it too.
+        Raises :class:`~vmferry.errors.UsageError` for others,
+        :class:`~vmferry.errors.VmferryError` where the host has no such memory, and
+        :class:`~vmferry.errors.StorageError` for a file that cannot be opened.
         """
         if size <= 0 or size % PAGE_SIZE:
             raise UsageError(
@@ -206,7 +234,7 @@ class GuestMemory:
         with self._lock:
             if name in self._blocks:
                 raise UsageError(f"there is a block {printable(name)} already")
-            block = MemoryBlock(name, size, shared=shared, read_only=read_only)
+            block = MemoryBlock(name, size, shared=shared, read_only=read_only, file=file)
             try:
                 self._announce(block, block.address)
             except BaseException:
@@ -280,6 +308,37 @@ class GuestMemory:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _memory(name: str, size: int) -> int:
+    """A descriptor of so much memory, whose size is sealed."""
+    fd = os.memfd_create(_label(name), os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(os.close, fd)
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        cleanup.pop_all()
+    return fd
+
+
+def _opened(file: str, size: int) -> int:
+    """A descriptor of a file of this size; one that is not there, or is empty, is made so."""
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        raise storage_error(file, "opened", error) from error
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(os.close, fd)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size not in {0, size}:
+            raise UsageError(
+                f"{file}: expected a file of {size} bytes or an empty one, found {status.st_size}"
+            )
+        os.ftruncate(fd, size)
+        with contextlib.suppress(BlockingIOError):  # somebody looks whether he is alone
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        cleanup.pop_all()
+    return fd
 
 
 def _label(name: str) -> str:

@@ -35,6 +35,8 @@ class IncomingBlock:
     def __init__(self, block: MemoryBlock, received: npt.NDArray[np.uint8] | None = None) -> None:
         self._block = block
         self._received = received
+        self.has_content = False
+        """Whether any page has come."""
         self._known = block.populated()
         # What does not fill a region stays as it is; and where pages are to be missed one by one,
         # there are no huge ones.
@@ -43,6 +45,7 @@ class IncomingBlock:
 
     def place(self, rows: Rows, data: memoryview) -> None:
         """Put pages in their place; see :func:`place_rows`."""
+        self.has_content = True
         words = rows["word"]
         self._take_memory(words[words & np.uint64(KINDS) == PAGE] // np.uint64(PAGE_SIZE))
         place_rows(self._place, rows, data, PAGE_SIZE)
@@ -55,6 +58,7 @@ class IncomingBlock:
 
     def room(self, runs: Runs) -> memoryview:
         """The memory of the block, to receive pages into that have content."""
+        self.has_content = True
         for first, last in runs:
             for region in range(first // _PAGES, -(-last // _PAGES)):
                 start = region * _PAGES

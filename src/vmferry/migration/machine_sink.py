@@ -98,6 +98,9 @@ class MachineSink:
                 raise StreamError(f"{wanted[name].size} bytes", str(length), block=name)
         if missing := wanted.keys() - found.keys():
             raise StreamError(f"RAM block {printable(min(missing))} as well", "no such block")
+        for block in self._machine.memory.blocks:
+            if not (block.shared and self._ignores_shared):
+                block.check_alone()
         self._blocks = {
             name: IncomingBlock(block, self._received.get(name))
             for name, block in wanted.items()
@@ -174,6 +177,15 @@ class MachineSink:
 
     def commit(self, features: frozenset[str], *, footers: bool) -> None:  # noqa: ARG002
         """Load all devices; what came of disks is durable."""
+        for name, block in self._blocks.items():
+            # Of others every page has come once, zeros too.
+            if self._ignores_shared and not block.has_content:
+                raise StreamError(
+                    "the content of a block that is not shared here",
+                    "none, as the source left out what it shares",
+                    section="ram",
+                    block=name,
+                )
         if self._disks is not None:
             self._disks.finish()
         self._staging.finish()
