@@ -177,6 +177,16 @@ class MachineSink:
 
     def commit(self, features: frozenset[str], *, footers: bool) -> None:  # noqa: ARG002
         """Load all devices; what came of disks is durable."""
+        self._check_content()
+        if self._disks is not None:
+            self._disks.finish()
+        self._staging.finish()
+        if self._bitmaps is not None:
+            self._bitmaps.finish()
+        self._staging.commit()
+
+    def _check_content(self) -> None:
+        # Not in the frame of what may fail behind it: that is kept, and with it what it names.
         for name, block in self._blocks.items():
             # Of others every page has come once, zeros too.
             if self._ignores_shared and not block.has_content:
@@ -186,12 +196,6 @@ class MachineSink:
                     section="ram",
                     block=name,
                 )
-        if self._disks is not None:
-            self._disks.finish()
-        self._staging.finish()
-        if self._bitmaps is not None:
-            self._bitmaps.finish()
-        self._staging.commit()
 
     def discard(self) -> None:
         """Nothing: the machine does not run, and is loaded once."""
