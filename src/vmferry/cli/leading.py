@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
+from vmferry.errors import PeerError, TransportError, VmferryError
+from vmferry.ownership.store import open_store
 from vmferry.qemu import Migration, MigrationInfo, Qmp
-from vmferry.qemu.mirror import Both, Copied, StorageCopy, nbd_place
+from vmferry.qemu.mirror import Copied, StorageCopy, nbd_place
+from vmferry.qemu.owned import CAPABILITIES, OwnedMove
 from vmferry.qemu.postcopy import When, postcopy
 from vmferry.qemu.waiting import WaitingQemu, listen_again
 from vmferry.units import format_size
 
 from .output import one_line
 from .reports import Reporter
-from .signals import Work
+from .signals import Cancellable, Work
 
 BLOCK: Final = "block"
 
@@ -35,6 +38,8 @@ class Wanted:
     destination: str | None
     nbd: str | None
     incremental: bool
+    record: str | None
+    settle: bool
 
     @property
     def with_disks(self) -> bool:
@@ -55,11 +60,16 @@ class Wanted:
 
     def wrong(self) -> str:
         """What does not go together; nothing if all does."""
-        led = self.copy_storage or self.postcopy is not None
-        what = "--copy-storage" if self.copy_storage else "postcopy"
+        has_record = self.record is not None
+        led = self.copy_storage or self.postcopy is not None or has_record
+        what = "--copy-storage" if self.copy_storage else "--record" if has_record else "postcopy"
         needs_other = led or self.resume or self.with_disks
-        others = "--copy-storage, --capability block, --postcopy and --resume"
+        others = "--copy-storage, --capability block, --postcopy, --record and --resume"
         rules = {
+            "--record needs --destination-qmp": has_record and self.destination is None,
+            "--record is for images that both sides share, and for precopy": has_record
+            and (self.copy_storage or self.with_disks or self.postcopy or self.resume),
+            "--settle needs --record": self.settle and not has_record,
             "--copy-storage needs --destination-qmp": self.copy_storage
             and self.destination is None,
             f"--destination-qmp is for {others}": self.destination is not None and not needs_other,
@@ -80,10 +90,14 @@ def carried_out(wanted: Wanted, report: Reporter[Any], control: Work) -> Migrati
         _tell(now, report)
 
     with ExitStack() as stack:
+        if wanted.settle:
+            return _settled(wanted, report, control, stack)
         qmp = stack.enter_context(Qmp.connect(wanted.monitor))
         migration = Migration(qmp)
         if wanted.copy_storage:
             return _with_storage(wanted, report, control, migration, qmp, stack)
+        if wanted.record is not None:
+            return _with_record(wanted, report, control, migration, qmp, stack)
         control.begun(migration)
         if wanted.resume:
             if wanted.destination is not None:
@@ -126,7 +140,7 @@ def _with_storage(
     other = stack.enter_context(Qmp.connect(wanted.destination or ""))
     place = wanted.nbd or nbd_place(wanted.uri)
     copy = stack.enter_context(StorageCopy(qmp, other, place, incremental=wanted.incremental))
-    control.begun(Both(copy, migration))
+    control.begun(_Together(copy, migration))
     copy.wait_ready(copied)
     migration.begin(
         wanted.uri,
@@ -135,6 +149,79 @@ def _with_storage(
         before_switchover=copy.finish,
     )
     return migration.wait(watched)
+
+
+def _with_record(
+    wanted: Wanted,
+    report: Reporter[Any],
+    control: Work,
+    migration: Migration,
+    qmp: Qmp,
+    stack: ExitStack,
+) -> MigrationInfo:
+    """By a record of who owns the machine, which both QEMUs are kept to."""
+    other = stack.enter_context(Qmp.connect(wanted.destination or ""))
+    move = _owned(wanted, report, qmp, other)
+    control.begun(_Together(move, migration))
+    move.begin(qmp)
+    # Told to stop while it waits, it does not start by itself.
+    WaitingQemu(other).listen(wanted.uri, CAPABILITIES, paused=True)
+    migration.begin(
+        wanted.uri,
+        capabilities={**wanted.capabilities, **CAPABILITIES},
+        parameters=wanted.parameters,
+        before_switchover=move.offer,
+    )
+    try:
+        migration.wait(lambda now: _tell(now, report))
+    except VmferryError as error:
+        if not move.settle():
+            raise
+        report.happened("moved", f"the machine has moved all the same: {one_line(str(error))}")
+    else:
+        _settle(move)
+    return migration.last
+
+
+def _settled(
+    wanted: Wanted, report: Reporter[Any], control: Work, stack: ExitStack
+) -> MigrationInfo:
+    """A move by record that was broken off."""
+
+    def reached(address: str) -> Qmp | None:
+        with suppress(TransportError):
+            return stack.enter_context(Qmp.connect(address))
+        return None
+
+    qmp, other = reached(wanted.monitor), reached(wanted.destination or "")
+    move = _owned(wanted, report, qmp, other)
+    control.begun(move)
+    _settle(move)
+    return MigrationInfo("completed") if qmp is None else Migration(qmp).look()
+
+
+def _settle(move: OwnedMove) -> None:
+    if not move.settle():
+        raise PeerError("the machine has not moved: it is the source's, as the record says")
+
+
+def _owned(wanted: Wanted, report: Reporter[Any], qmp: Qmp | None, other: Qmp | None) -> OwnedMove:
+    def note(text: str) -> None:
+        report.happened("ownership", one_line(text), message=text)
+
+    return OwnedMove(open_store(wanted.record or ""), qmp, other, note=note)
+
+
+class _Together:
+    """Some things that are cancelled as one."""
+
+    def __init__(self, *parts: Cancellable) -> None:
+        self._parts = parts
+
+    def cancel(self) -> None:
+        """Give all of them up, from any thread."""
+        for part in self._parts:
+            part.cancel()
 
 
 def _tell(now: MigrationInfo, report: Reporter[Any]) -> None:

@@ -103,6 +103,22 @@ def command(
             "--incremental", help="Copy only what lies above backing files that both sides have."
         ),
     ] = False,
+    record: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STORE",
+            help="Keep two QEMUs that share images to a record of who owns the machine, "
+            "file:PATH: the other one runs when the record says that it may, and not before.",
+        ),
+    ] = None,
+    settle: Annotated[
+        bool,
+        typer.Option(
+            "--settle",
+            help="With --record: end a move that was broken off. The machine runs afterwards "
+            "where record and QEMUs say that it has to.",
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -129,6 +145,8 @@ def command(
         destination=destination_qmp,
         nbd=nbd,
         incremental=incremental,
+        record=record,
+        settle=settle,
     )
     if wrong := wanted.wrong():
         raise typer.BadParameter(wrong)

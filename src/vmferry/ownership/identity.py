@@ -31,7 +31,12 @@ class Identity:
     @classmethod
     def own(cls) -> Self:
         """The process that asks."""
-        return cls(_host(), os.getpid(), _state(os.getpid())[1])
+        return cls.of(os.getpid())
+
+    @classmethod
+    def of(cls, pid: int) -> Self:
+        """A process of this host; raises :class:`OSError` where there is none."""
+        return cls(_host(), pid, _state(pid)[1])
 
     def numbers(self) -> tuple[int, ...]:
         """As four numbers of 32 bits."""

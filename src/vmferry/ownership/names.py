@@ -14,9 +14,13 @@ _NAME: Final = re.compile(r"[^:]*:([0-9a-f]{16}):(\d{1,9}):(\d{1,10}):[0-9a-f]{8
 
 def new_name() -> str:
     """A name for an engine of this process; never given twice."""
-    own = Identity.own()
+    return name_of(Identity.own(), secrets.token_hex(4))
+
+
+def name_of(process: Identity, tag: str) -> str:
+    """The name of an engine in a process of this host; *tag* has 8 hexadecimal digits."""
     node = re.sub(r"[^A-Za-z0-9.-]", "", os.uname().nodename)[:64]
-    return f"{node}:{own.host:016x}:{own.pid}:{own.started}:{secrets.token_hex(4)}"
+    return f"{node}:{process.host:016x}:{process.pid}:{process.started}:{tag}"
 
 
 def new_token() -> int:

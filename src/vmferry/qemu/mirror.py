@@ -18,7 +18,6 @@ from vmferry.errors import PeerError, Refused, TransportError, UsageError, Vmfer
 from vmferry.transports.uri import TcpAddress, UnixAddress, parse
 from vmferry.units import format_size
 
-from .driver import Migration
 from .qmp import Qmp, QmpError
 
 _POLL: Final = 0.05
@@ -205,19 +204,6 @@ class StorageCopy:
                 if job["status"] == "concluded":
                     self._source.execute("job-dismiss", {"id": name})
                 time.sleep(_POLL / 5)
-
-
-class Both:
-    """A copy and the migration behind it, as one that can be cancelled."""
-
-    def __init__(self, copy: StorageCopy, migration: Migration) -> None:
-        self._copy = copy
-        self._migration = migration
-
-    def cancel(self) -> None:
-        """Give both up, from any thread."""
-        self._copy.cancel()
-        self._migration.cancel()
 
 
 def nbd_place(uri: str) -> str:
