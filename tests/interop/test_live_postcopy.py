@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from vmferry import Registry
 from vmferry.images import Image
 from vmferry.memory import DirtyLog, GuestMemory, MemoryBlock, open_dirty_log
 from vmferry.migration import live
+from vmferry.migration.bitmaps import DirtyBitmap
 from vmferry.migration.capabilities import Capability
 from vmferry.migration.control import Control
 from vmferry.migration.machine import LiveMachine
@@ -108,9 +109,14 @@ class Borrowed:
 class Replayed(MachineSource):
     """What its source sends: the devices as they were saved."""
 
-    def __init__(self, machine: LiveMachine, capabilities: frozenset[Capability]) -> None:
+    def __init__(
+        self,
+        machine: LiveMachine,
+        capabilities: frozenset[Capability],
+        bitmaps: Iterable[DirtyBitmap],
+    ) -> None:
         assert isinstance(machine, Borrowed)
-        super().__init__(machine, capabilities)
+        super().__init__(machine, capabilities, bitmaps)
         saved = machine.checkpoint
         assert saved.configuration is not None
         self.configuration = saved.configuration

@@ -5,12 +5,12 @@ from __future__ import annotations
 import http.client
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.ports import free_port
 from tests.transports.support import wait_until
 
 
@@ -68,8 +68,3 @@ class Etcd:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

@@ -9,8 +9,9 @@ import pytest
 
 from tests.migration.proxy import Break, Proxy
 from tests.migration.runs_of_vmferry import LONG, Process
-from tests.ownership.etcd import Etcd, free_port
+from tests.ownership.etcd import Etcd
 from tests.ownership.pairs import Pair, runs, the_one_that_runs
+from tests.support.ports import free_port
 from tests.transports.support import wait_until
 
 SOURCE = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_port
 from tests.transports.support import PROMPT, accepted, blocked, need_ipv6, receive, wait_until
 from vmferry.errors import ChannelClosed, TransportError, UsageError
 from vmferry.transports import Listener, connect, listen, parse
@@ -21,11 +22,6 @@ def port_of(listener: Listener) -> int:
     address = parse(listener.address)
     assert isinstance(address, TcpAddress)
     return address.port
-
-
-def free_port() -> int:
-    with listen("tcp:127.0.0.1:0") as listener:
-        return port_of(listener)
 
 
 def test_port_zero_becomes_a_real_one_in_the_address() -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.support.ports import free_port
 from tests.transports.support import accepted, need_ipv6, receive
 from vmferry.qemu import QemuProcess
 from vmferry.transports import connect, listen
@@ -29,11 +29,6 @@ def migrated(source: QemuProcess, uri: str) -> bytes:
         source.migrate(target)
         with accepted(listener.accept(10)) as receiver:
             return receive(receiver)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 @pytest.mark.parametrize("uri", LISTENING)
