@@ -66,7 +66,7 @@ _LOOK: Final = 0.1
 _LAST_WORDS: Final = 0.5
 """Seconds to look for what a destination that has gone had said."""
 
-_KEEP: Final = 64 << 10
+_KEEP: Final = 256 << 10
 """Bytes of the background that may wait in the socket in front of an urgent page."""
 
 
@@ -296,8 +296,10 @@ class MemoryServer:
     def _answer(self) -> None:
         """Send all that is waited for."""
         while (run := self.left.urgent()) is not None:
-            self._send_run(run, self._urgent, self._urgent_records, asked=True)
+            parts, pages = self._urgent_records.of(run, asked=True)
+            self._write(self._urgent, parts)
             self.service.took.append(time.perf_counter() - self._received)
+            self._count(run, parts, pages)
 
     def _send_next(self) -> bool:
         # What is wanted soon will be asked for even where it is zero.
@@ -305,15 +307,15 @@ class MemoryServer:
         run = soon or self.left.next(self._most)
         if run is None:
             return False
+        parts, pages = self._records.of(run, asked=soon is not None)
+        if parts:
+            self._write(self._main, parts)
         # Pages of zeros that nobody wants are not sent, and wait for no limit.
-        self._limit.spend(self._send_run(run, self._main, self._records, asked=soon is not None))
+        self._limit.spend(self._count(run, parts, pages))
         return True
 
-    def _send_run(self, run: Run, channel: Channel, records: Records, *, asked: bool) -> int:
-        """Send it; how many bytes that took."""
-        parts, pages = records.of(run, asked=asked)
-        if parts:
-            self._write(channel, parts)
+    def _count(self, run: Run, parts: Sequence[Buffer], pages: int) -> int:
+        """Take note of what was sent; how many bytes that took."""
         self.service.pages += pages
         size = sum(map(len, parts))
         zero = run.count * run.block.unit // self._ram.page_size - pages
