@@ -164,6 +164,27 @@ def test_no_limit_of_the_background_keeps_a_guest_waiting(tmp_path: Path) -> Non
         assert isinstance(running.exception(PROMPT), Paused)
 
 
+def test_machine_that_asks_now_and_then_is_not_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that goes over its memory is followed at once."""
+    for name in ("_QUIET", "_AT_MOST", "_DENSE"):
+        monkeypatch.setattr(postcopy_server, name, PROMPT)
+    with serving(tmp_path) as (peer, source, running):
+        peer.start()
+        peer.say(LOADED)
+        asked = list(range(300, 300 + postcopy_server._MANY - 1))
+        for page in asked:
+            peer.say(ask(page))
+        wait_until(lambda: len(peer.places) == len(asked))
+        assert sorted(peer.places) == [page * PAGE_SIZE for page in asked]
+        peer.say(ask(7))
+        wait_until(lambda: EndOfStream in peer.kinds)
+        peer.say(Shut(0))
+        running.result(PROMPT)
+        assert source.service.requests == len(asked) + 1
+
+
 NONSENSE = {
     "beyond the block": ask(PAGES),
     "across its end": ask(PAGES - 1, 2),

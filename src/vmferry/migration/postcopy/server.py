@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -62,6 +63,16 @@ MOST_ASKED: Final = 1 << 20
 
 _LOOK: Final = 0.1
 """Seconds between two looks at whether it was given up, or a limit was changed."""
+
+_QUIET: Final = 0.02
+"""Seconds without a request after which the rest begins to follow a machine that runs."""
+
+_AT_MOST: Final = 0.1
+"""Seconds after which it does anyway."""
+
+_MANY: Final = 16
+_DENSE: Final = 0.002
+"""So many requests in so few seconds, and the machine goes over memory: the rest does at once."""
 
 _LAST_WORDS: Final = 0.5
 """Seconds to look for what a destination that has gone had said."""
@@ -147,6 +158,7 @@ class MemoryServer:
         self.left = Left(blocks)
         self._began = self._received = 0.0
         self._ready: list[int] = []
+        self._times: deque[float] = deque(maxlen=_MANY)
         self.is_taken = False
         """Whether the destination has heard *go*, so that the machine may have run there."""
         self._reason = ""
@@ -242,8 +254,24 @@ class MemoryServer:
 
     def serve(self) -> None:
         """Answer requests, and send the rest where there are none, until there is no more."""
+        begun = time.monotonic()
+        while (until := self._rest_waits(begun)) is not None:
+            self._turn(sending=self.left.expects, until=until)
         while self._turn(sending=True):
             pass
+
+    def _rest_waits(self, begun: float) -> float | None:
+        """Until when the rest waits for a machine that has *begun* to run, if it does.
+
+        The machine has much to do then, and placing memory takes processors from it, that of the
+        destination most of all.
+        """
+        now, times = time.monotonic(), self._times
+        if len(times) == _MANY and times[-1] - times[0] < _DENSE:
+            return None
+        last = times[-1] if times else begun
+        until = min(max(begun, last) + _QUIET, begun + _AT_MOST)
+        return until if now < until else None
 
     def finish(self) -> None:
         """Everything is sent: end the stream, and return once the destination says that it has it.
@@ -346,6 +374,7 @@ class MemoryServer:
         match message:
             case RequestPages(start, length, block):
                 service.requests += 1
+                self._times.append(time.monotonic())
                 asked = self.left.ask(block, start, length)
                 service.late += not asked
                 if len(service.asked_at) < MOST_ASKED:
