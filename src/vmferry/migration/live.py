@@ -411,18 +411,15 @@ class LiveSource:
 
     def stop(self) -> None:
         """See :class:`~.precopy.Lead`."""
-        with self._lock:
-            if self._source.handover.hear(Word.STOP) is None:
-                raise ChannelClosed(_CANCELLED)
-            # Somebody may have paused it meanwhile.
-            self._outgoing.was_running = self._machine.running
-            self._outgoing.stood_as = self._stands_as()
-            self.has_stopped = self._is_stopping = True
-            # The limit is for the time when the machine runs.
-            self._source.limit.rate = None
-            self._statistics.stopped()
         patience = self._parameters().drain_deadline or None
-        self._pause(patience)
+        alarm = threading.Timer(patience or 0, self._is_late, (patience,))
+        alarm.daemon = True
+        if patience is not None:
+            alarm.start()  # before the machine stands still, which has not to wait for a thread
+        try:
+            self._stop()
+        finally:
+            alarm.cancel()
         flush_all(self._machine.images, patience, self._source.is_off)
         with self._lock:
             # Where its lease lapsed and came back meanwhile, it was let run again.
@@ -435,21 +432,26 @@ class LiveSource:
             self._await_proceed()
             self._track.move(Status.DEVICE)
 
-    def _pause(self, patience: float | None) -> None:
+    def _stop(self) -> None:
         """Have the machine stand still, unless it is not wanted any more or takes too long.
 
-        Without the lock, so that somebody can say so.
+        That is waited for without the lock, so that somebody can say so.
         """
-        timer = threading.Timer(patience or 0, self._is_late, (patience,))
-        timer.daemon = True
-        if patience is not None:
-            timer.start()
+        with self._lock:
+            if self._source.handover.hear(Word.STOP) is None:
+                raise ChannelClosed(_CANCELLED)
+            # Somebody may have paused it meanwhile.
+            self._outgoing.was_running = self._machine.running
+            self._outgoing.stood_as = self._stands_as()
+            self.has_stopped = self._is_stopping = True
+            # The limit is for the time when the machine runs.
+            self._source.limit.rate = None
+            self._statistics.stopped()
         error = None
         try:
             self._machine.pause()
         except Exception as failure:  # noqa: BLE001 - raised below, unless the wait was ended
             error = failure
-        timer.cancel()
         with self._lock:
             self._is_stopping = False
             if self._not_stopped is None:
