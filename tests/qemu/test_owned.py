@@ -13,6 +13,7 @@ import pytest
 
 from guests import Serial, walker
 from tests.cli.command import Running, vmferry
+from tests.interop.lab import wait_until
 from tests.migration.relay import Relay
 from vmferry.errors import ImageLocked, TransportError
 from vmferry.images import open_image
@@ -240,6 +241,23 @@ def test_record_of_another_machine_is_refused(pair: Pair) -> None:
     path.write_text(path.read_text().replace(UUID, UUID.replace("0", "1")))
     assert pair.migrate() == 2
     assert "expected the record of" in pair.said
+
+
+@pytest.mark.parametrize("point", ["offer-landed", "grant-landed", "take-landed", "start-landed"])
+def test_leader_that_is_frozen_leaves_no_room_for_another(pair: Pair, point: str) -> None:
+    """What it knows of the record may be out of date when it wakes, and a QEMU checks nothing."""
+    with Running(*pair.command(), VMFERRY_FAULT=f"{point}:stop") as command:
+        wait_until(lambda: _is_stopped(command._process.pid))
+        assert pair.migrate("--settle") == 2
+        assert "another process leads" in pair.said
+        assert pair.run_states().count("running") == 0
+        command.send_signal(signal.SIGCONT)
+        assert command.finish() == 0
+    pair.runs_there()
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_lease_is_refused(pair: Pair) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
 from vmferry.errors import PeerError, TransportError, VmferryError
-from vmferry.ownership.store import open_store
+from vmferry.ownership.file_store import FileStore
 from vmferry.qemu import Migration, MigrationInfo, Qmp
 from vmferry.qemu.mirror import Copied, StorageCopy, nbd_place
-from vmferry.qemu.owned import CAPABILITIES, OwnedMove
+from vmferry.qemu.owned import CAPABILITIES, OwnedMove, record_for_qemus
 from vmferry.qemu.postcopy import When, postcopy
 from vmferry.qemu.waiting import WaitingQemu, listen_again
 from vmferry.units import format_size
@@ -90,14 +90,18 @@ def carried_out(wanted: Wanted, report: Reporter[Any], control: Work) -> Migrati
         _tell(now, report)
 
     with ExitStack() as stack:
-        if wanted.settle:
-            return _settled(wanted, report, control, stack)
+        store = None
+        if wanted.record is not None:
+            store = record_for_qemus(wanted.record)
+            stack.enter_context(store.lead())
+        if store is not None and wanted.settle:
+            return _settled(wanted, report, control, store, stack)
         qmp = stack.enter_context(Qmp.connect(wanted.monitor))
         migration = Migration(qmp)
         if wanted.copy_storage:
             return _with_storage(wanted, report, control, migration, qmp, stack)
-        if wanted.record is not None:
-            return _with_record(wanted, report, control, migration, qmp, stack)
+        if store is not None:
+            return _with_record(wanted, report, control, migration, store, qmp, stack)
         control.begun(migration)
         if wanted.resume:
             if wanted.destination is not None:
@@ -156,12 +160,13 @@ def _with_record(
     report: Reporter[Any],
     control: Work,
     migration: Migration,
+    store: FileStore,
     qmp: Qmp,
     stack: ExitStack,
 ) -> MigrationInfo:
     """By a record of who owns the machine, which both QEMUs are kept to."""
     other = stack.enter_context(Qmp.connect(wanted.destination or ""))
-    move = _owned(wanted, report, qmp, other)
+    move = OwnedMove(store, qmp, other, note=_noting(report))
     control.begun(_Together(move, migration))
     move.begin(qmp)
     # Told to stop while it waits, it does not start by itself.
@@ -184,7 +189,7 @@ def _with_record(
 
 
 def _settled(
-    wanted: Wanted, report: Reporter[Any], control: Work, stack: ExitStack
+    wanted: Wanted, report: Reporter[Any], control: Work, store: FileStore, stack: ExitStack
 ) -> MigrationInfo:
     """A move by record that was broken off."""
 
@@ -194,7 +199,7 @@ def _settled(
         return None
 
     qmp, other = reached(wanted.monitor), reached(wanted.destination or "")
-    move = _owned(wanted, report, qmp, other)
+    move = OwnedMove(store, qmp, other, note=_noting(report))
     control.begun(move)
     _settle(move)
     return MigrationInfo("completed") if qmp is None else Migration(qmp).look()
@@ -205,11 +210,8 @@ def _settle(move: OwnedMove) -> None:
         raise PeerError("the machine has not moved: it is the source's, as the record says")
 
 
-def _owned(wanted: Wanted, report: Reporter[Any], qmp: Qmp | None, other: Qmp | None) -> OwnedMove:
-    def note(text: str) -> None:
-        report.happened("ownership", one_line(text), message=text)
-
-    return OwnedMove(open_store(wanted.record or ""), qmp, other, note=note)
+def _noting(report: Reporter[Any]) -> Callable[[str], None]:
+    return lambda text: report.happened("ownership", one_line(text), message=text)
 
 
 class _Together:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from vmferry.errors import StorageError, storage_error
+from vmferry.errors import StorageError, UsageError, storage_error
 
 from .names import is_dead
 from .protocol import Swap
@@ -30,6 +30,10 @@ _PATIENCE: Final = 5.0
 _LOOK: Final = 0.005
 _FLOCK: Final = struct.Struct("hhqqi4x")
 """``struct flock``: type, whence, start, length, process."""
+
+
+class _Taken(StoreSilent):
+    """Another process has a lock."""
 
 
 class FileStore:
@@ -84,6 +88,24 @@ class FileStore:
     def leave(self, name: str) -> None:
         """Nothing."""
 
+    @contextmanager
+    def lead(self) -> Iterator[None]:
+        """Be the only one who leads engines that do not look at the record themselves.
+
+        Nobody else does so as long as this process lives, be it frozen.  Raises
+        :class:`~vmferry.errors.UsageError` where somebody does.
+        """
+        lock = os.open(f"{self._path}.leader", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
+        try:
+            self._take(lock, 0)
+            yield
+        except _Taken:
+            raise UsageError(
+                f"{self.uri}: another process leads a move of this machine: let it end, or end it"
+            ) from None
+        finally:
+            os.close(lock)
+
     def _write(self, text: bytes) -> None:
         """The record is the old or the new one, whole, whenever the power fails."""
         new = self._path.with_name(self._path.name + ".new")
@@ -107,20 +129,20 @@ class FileStore:
     def _locked(self) -> Iterator[None]:
         lock = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o660)
         try:
-            self._take(lock)
+            self._take(lock, _PATIENCE)
             yield
         finally:
             os.close(lock)  # which lets go of the lock
 
-    def _take(self, lock: int) -> None:
-        deadline = time.monotonic() + _PATIENCE
+    def _take(self, lock: int, patience: float) -> None:
+        deadline = time.monotonic() + patience
         wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         while True:
             try:
                 fcntl.fcntl(lock, fcntl.F_OFD_SETLK, wanted)
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise StoreSilent(f"{self._path}: another holds its lock") from None
+                    raise _Taken(f"{self._path}: another holds its lock") from None
                 time.sleep(_LOOK)
             except OSError as error:
                 raise StorageError(

@@ -27,11 +27,12 @@ from typing import Final
 from vmferry.errors import InDoubt, PeerError, StorageError, TransportError, UsageError, printable
 from vmferry.faults import reach
 from vmferry.ownership.engine import nominee, taken_by_another
+from vmferry.ownership.file_store import FileStore
 from vmferry.ownership.identity import Identity
 from vmferry.ownership.names import name_of, new_token
 from vmferry.ownership.protocol import Act, Party, Swap, Verdict, judge
 from vmferry.ownership.record import Phase, Record
-from vmferry.ownership.store import Outcome, Store, StoreSilent
+from vmferry.ownership.store import Outcome, StoreSilent, open_store
 
 from .qmp import Qmp, QmpError
 
@@ -91,23 +92,21 @@ class Side:
 class OwnedMove:
     """A move of the machine of *store*'s record, from *source* to *destination*.
 
+    Whoever leads one has :meth:`~vmferry.ownership.file_store.FileStore.lead`: what is told a QEMU
+    was decided by what the record said a moment before, and nobody may have changed it since.
+
     To settle one, either may be ``None``, for a QEMU that cannot be reached.  *note* is told, for
     people, what is waited for.  :meth:`cancel` ends a wait for the store.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: FileStore,
         source: Qmp | None,
         destination: Qmp | None,
         *,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        if store.term is not None:
-            raise UsageError(
-                f"{store.uri}: a QEMU renews no lease, so that it would count as gone while it"
-                " runs: let the record be in a file"
-            )
         self._store = store
         self._note = note
         self._unwanted = False
@@ -316,6 +315,17 @@ class OwnedMove:
             raise InDoubt(f"{error}; {_SILENCE}: the same command with --settle goes on")
         self._note(f"in doubt: {error}; {_SILENCE}")
         time.sleep(_POLL)
+
+
+def record_for_qemus(uri: str) -> FileStore:
+    """The store at *uri*; raises :class:`UsageError` where it is none for a QEMU."""
+    store = open_store(uri)
+    if not isinstance(store, FileStore):
+        raise UsageError(
+            f"{store.uri}: a QEMU renews no lease, so that it would count as gone while it runs:"
+            " let the record be in a file"
+        )
+    return store
 
 
 def _machine(qmp: Qmp) -> str:
