@@ -181,7 +181,57 @@ def test_destination_that_may_have_run_takes_it_along(pair: Pair) -> None:
     pair.there.wait_exit()
     assert pair.migrate("--settle") == 4
     assert "as after a power cut" in pair.said
-    assert pair.run_states() == ["postmigrate", "gone"]
+    # Nor may it be moved from there once more, now that its owner is seen to be dead.
+    pair.there = pair._qemu("there", "-incoming", pair.uri)
+    assert pair.migrate() == 2
+    assert "given its machine away" in pair.said
+    assert pair.migrate("--settle") == 4
+    assert pair.run_states() == ["postmigrate", "inmigrate"]
+
+
+def test_owner_that_is_fenced_meanwhile_is_not_run(pair: Pair) -> None:
+    """By an operator, while the one who leads does not look."""
+    with Running(*pair.command(), VMFERRY_FAULT="start-asked:stop") as command:
+        wait_until(lambda: _is_stopped(command._process.pid))
+        record = pair.store.read().record
+        assert record is not None
+        fence = ["--engine", record.owner, "--generation", str(record.generation)]
+        done = vmferry("owner", "fence", pair.store.uri, *fence, "--i-have-fenced-it")
+        assert done.returncode == 0, done.stderr
+        command.send_signal(signal.SIGCONT)
+        assert command.finish() == 4
+    assert pair.run_states() == ["postmigrate", "paused"]
+    assert pair.migrate("--settle") == 4
+    assert "fenced" in pair.said
+    assert pair.run_states() == ["postmigrate", "paused"]
+
+
+def test_machine_that_stood_still_is_not_run_by_who_ends_its_move(pair: Pair) -> None:
+    pair.here.execute("stop")
+    pair.killed("take-landed")
+    assert pair.migrate("--settle") == 0, pair.said
+    assert pair.run_states() == ["postmigrate", "paused"]
+
+
+def test_machine_that_was_stopped_afterwards_is_left_so(pair: Pair) -> None:
+    assert pair.migrate() == 0, pair.said
+    pair.there.execute("stop")
+    assert pair.migrate("--settle") == 0, pair.said
+    assert pair.run_states() == ["postmigrate", "paused"]
+
+
+def test_another_machine_is_left_alone(pair: Pair) -> None:
+    pair.killed("grant-landed")
+    pair.image = pair.path / "another"
+    pair.image.write_bytes(bytes(1 << 20))
+    other = pair._qemu("other", "-uuid", UUID.replace("0", "1"))
+    pair.image = pair.path / "disk"
+    command = [part.replace("there.qmp", "other.qmp") for part in pair.command("--settle")]
+    done = vmferry(*command)
+    assert done.returncode == 2, done.stdout
+    assert other.execute("query-status")["status"] == "running"
+    assert pair.migrate("--settle") == 0, pair.said
+    pair.runs_there()
 
 
 def test_source_that_dies_before_the_end_is_started_again(pair: Pair) -> None:
@@ -229,7 +279,9 @@ def test_store_that_is_silent_is_waited_for(pair: Pair) -> None:
 def test_machine_of_another_owner_is_left_alone(pair: Pair) -> None:
     assert pair.migrate(fault="claim-landed:kill") == -signal.SIGKILL
     path = Path(f"{pair.path}/owner")
-    path.write_text(path.read_text().replace(f":{pair.here.pid}:", ":1:").replace(":1:", ":x:"))
+    record = pair.store.read().record
+    assert record is not None
+    path.write_text(path.read_text().replace(record.owner, "another"))
     assert pair.migrate() == 2
     assert "owner fence" in pair.said
     assert pair.run_states() == ["running", "inmigrate"]

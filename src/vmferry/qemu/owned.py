@@ -40,19 +40,23 @@ CAPABILITIES: Final = {"return-path": True, "late-block-activate": True}
 """What both sides need for it."""
 
 _TAG: Final = "vmferry-owner-"
+_MOVE: Final = "vmferry-move-"
+_RUNS: Final = "-runs"
 _POLL: Final = 0.1
 _END: Final = 10.0
 """Seconds that a QEMU may take to end."""
 
 _FINISHED: Final = "postmigrate"
-_BUSY: Final = frozenset({"setup", "active", "device", "cancelling", "wait-unplug"})
+_EARLY: Final = frozenset({"setup", "wait-unplug", "active", "pre-switchover"})
+_BUSY: Final = _EARLY | {"device", "cancelling"}
 _SILENCE: Final = "nothing is known of the machine until it answers"
 
 
 class Side:
     """A QEMU behind a monitor, and what the record calls it; *what* is for people.
 
-    It gets its name once, and keeps it as long as it lives: an object that is made in it says so.
+    It is marked by objects that are made in it, and keeps them as long as it lives: one has its tag
+    for good, another says which move it takes part in, as long as it is to run at the end of it.
     One that cannot be reached has *qmp* ``None``, and the name that the record has for it.  Raises
     :class:`UsageError` where it is no QEMU.
     """
@@ -60,12 +64,17 @@ class Side:
     def __init__(self, qmp: Qmp | None, what: str) -> None:
         self.qmp = qmp
         self.what = what
-        self.party = Party("" if qmp is None else _name(qmp, what))
+        self.tag = "" if qmp is None else _tag(qmp, what)
+        self.party = Party("" if qmp is None else _name(qmp, self.tag))
 
     @property
     def name(self) -> str:
         """Its name in the record."""
         return self.party.name
+
+    def is_named(self, name: str) -> bool:
+        """Whether that is its name, whichever way it was reached when it got that."""
+        return bool(name) and bool(self.tag) and name.endswith(self.tag)
 
     def state(self) -> tuple[str, str] | None:
         """Its run state and that of its migration; ``None`` where it does not answer."""
@@ -78,10 +87,35 @@ class Side:
             return None
         return str(run.get("status")), str(migration.get("status", "none"))
 
+    def mark(self, move: str, *, runs: bool) -> None:
+        """It takes part in *move*, and no other; *runs*: the machine ran before."""
+        self.unmark()
+        if self.qmp is not None:
+            _make(self.qmp, f"{_MOVE}{_plain(move)}{_RUNS if runs else ''}")
+
+    def unmark(self) -> None:
+        """It takes part in no move any more."""
+        if self.qmp is not None:
+            for name in _objects(self.qmp, _MOVE):
+                self.qmp.execute("object-del", {"id": name})
+
+    def takes_part(self, move: str = "") -> bool:
+        """Whether it was marked for that move, or for any."""
+        marks: list[str] = []
+        with suppress(TransportError):
+            marks = [] if self.qmp is None else _objects(self.qmp, _MOVE)
+        if not move:
+            return bool(marks)
+        return f"{_MOVE}{_plain(move)}" in {name.removesuffix(_RUNS) for name in marks}
+
     def run(self) -> None:
-        """Let it run, unless it does."""
-        if (state := self.state()) is not None and state[0] != "running":
-            self.tell("cont")
+        """Let it run where it is to, once; it may stand still for other reasons afterwards."""
+        if self.qmp is None:
+            return
+        if any(name.endswith(_RUNS) for name in _objects(self.qmp, _MOVE)):
+            if self.qmp.execute("query-status")["status"] != "running":
+                self.qmp.execute("cont")
+            self.unmark()
 
     def tell(self, command: str) -> None:
         """Have it carry out *command*, if it can be reached."""
@@ -112,7 +146,6 @@ class OwnedMove:
         self._unwanted = False
         self._here = Side(source, "source")
         self._there = Side(destination, "destination")
-        self._runs = True
 
     def cancel(self) -> bool:
         """Wait for the store no longer, from any thread."""
@@ -122,22 +155,26 @@ class OwnedMove:
     def begin(self, source: Qmp) -> None:
         """See that the machine is the source's.
 
-        Raises :class:`UsageError` where it is another engine's.
+        Raises :class:`UsageError` where it is another engine's, or was given away.
         """
+        status = source.execute("query-status")
+        if status["status"] == _FINISHED:
+            raise UsageError(
+                "the source has given its machine away (postmigrate), and what it still has may be"
+                " out of date: --settle says where the machine is"
+            )
         vm = _machine(source)
         record = self._store.read().record or Record(vm=vm)
-        if record.vm != vm:
-            raise UsageError(
-                f"{self._store.uri}: expected the record of {printable(vm)}, found that of"
-                f" {printable(record.vm)}"
-            )
-        if self._do(Act.CLAIM, self._here, new=record) is Verdict.WAIT:
+        self._check_vm(record)
+        self._recognise(record)
+        if self._do(Act.CLAIM, self._here, new=record) is not Verdict.DONE:
             raise UsageError(taken_by_another(self._store, record))
         token = nominee(new_token())
         generation = self._read().generation
         self._here.party = replace(self._here.party, token=token, floor=generation)
         self._there.party = replace(self._there.party, token=token)
-        self._runs = bool(source.execute("query-status")["running"])
+        for side in (self._here, self._there):
+            side.mark(token, runs=bool(status["running"]))
 
     def offer(self) -> None:
         """The source has stopped the machine: name who is to have it."""
@@ -152,7 +189,14 @@ class OwnedMove:
         """
         while True:
             record = self._read()
+            self._check_vm(record)
             self._recognise(record)
+            is_given = record.phase in {Phase.OFFERED, Phase.GRANTED}
+            if record.owner in record.fenced and not is_given:
+                raise PeerError(
+                    f"{self._store.uri}: the owner is fenced: vmferry owner release, and start the"
+                    " machine once more, as after a power cut"
+                )
             match record.phase:
                 case Phase.HELD if record.owner == self._here.name:
                     self._goes_on_here()
@@ -169,9 +213,25 @@ class OwnedMove:
 
     # Whose it is
 
+    def _check_vm(self, record: Record) -> None:
+        """Both sides have to be of the machine that the record is about."""
+        for side in (self._here, self._there):
+            vm = record.vm
+            with suppress(TransportError):  # whoever needs it will see
+                vm = record.vm if side.qmp is None else _machine(side.qmp)
+            if record.vm != vm:
+                raise UsageError(
+                    f"{self._store.uri}: expected the record of {printable(vm)}, which is the"
+                    f" {side.what}'s machine, found that of {printable(record.vm)}"
+                )
+
     def _recognise(self, record: Record) -> None:
         """Who cannot be reached is whom the record names beside the other one."""
         here, there = self._here, self._there
+        for side in (here, there):
+            for name in (record.owner, record.nominee):
+                if side.is_named(name):  # as somebody else may have reached it
+                    side.party = replace(side.party, name=name)
         if not here.name and record.owner != there.name:
             here.party = replace(here.party, name=record.owner)
         elif not here.name and record.phase is Phase.TAKEN:
@@ -184,36 +244,43 @@ class OwnedMove:
         """It was offered: give it away, or take it back."""
         self._there.party = replace(self._there.party, token=record.nominee)
         self._here.party = replace(self._here.party, token=record.nominee)
-        if not self._is_there():
-            self._do(Act.REVOKE, self._here)
-            return
-        if self._here.state() is not None:
-            self._do(Act.GRANT, self._here)
+        here, there = self._ended_here(), self._there.state()
+        is_loaded = (
+            there is not None and there[1] == "completed" and self._there.takes_part(record.nominee)
+        )
+        if here is None and not is_loaded:
+            raise PeerError(
+                f"{self._store.uri}: the source does not answer, and the destination has not loaded"
+                " the machine. If the source has ended, vmferry owner release, and start it once"
+                " more, as after a power cut"
+            )
+        if here is not None:
+            # What was seen of it decides, and is not asked for again: it may be another by then.
+            if here != (_FINISHED, "completed") or not is_loaded:
+                self._demand(Act.REVOKE, self._here)
+                return
+            self._demand(Act.GRANT, self._here)
         if self._do(Act.TAKE, self._there) is Verdict.WAIT:
             raise InDoubt(self._fence(self._here))
 
-    def _is_there(self) -> bool:
-        """Whether the destination has loaded it all, and the source has nothing more to do."""
-        here, there = self._ended_here(), self._there.state()
-        is_loaded = there is not None and there[1] == "completed"
-        if here is not None:
-            return here == _FINISHED and is_loaded
-        if is_loaded:
-            return True  # the record says whether the source is known to be gone
-        raise PeerError(
-            f"{self._store.uri}: the source does not answer, and the destination has not loaded the"
-            " machine. If the source has ended, vmferry owner release, and start it once more, as"
-            " after a power cut"
-        )
+    def _demand(self, act: Act, side: Side) -> None:
+        if self._do(act, side) is not Verdict.DONE:
+            raise PeerError(
+                f"{self._store.uri}: the record was changed by somebody else: vmferry owner history"
+            )
 
-    def _ended_here(self) -> str | None:
-        """The source's run state once it migrates no more; ``None`` where it does not answer."""
+    def _ended_here(self) -> tuple[str, str] | None:
+        """The source's states once it migrates no more; ``None`` where it does not answer."""
         while (state := self._here.state()) is not None:
             run, migration = state
-            if migration == "pre-switchover":  # nobody is left who would let it go on
-                self._here.tell("migrate_cancel")
-            elif run != "finish-migrate" and migration not in _BUSY:
-                return run
+            if run != "finish-migrate" and migration not in _BUSY:
+                return state
+            # Nobody is left who would let it go on, or it waits for somebody who says nothing.
+            if migration in _EARLY or self._there.state() is None:
+                with suppress(QmpError):
+                    self._here.tell("migrate_cancel")
+            if self._unwanted:
+                raise InDoubt(f"the source is still {run}: the same command goes on")
             time.sleep(_POLL)
         return None
 
@@ -223,7 +290,7 @@ class OwnedMove:
             if self._do(Act.REVOKE, self._here) is not Verdict.DONE:
                 raise InDoubt(self._fence(self._there))
             return
-        self._do(Act.START, self._there)
+        self._demand(Act.START, self._there)
         try:
             self._goes_on_there()
         except QmpError as error:
@@ -235,8 +302,7 @@ class OwnedMove:
                 f"{self._store.uri}: the machine is the destination's, which does not answer: where"
                 " it has ended, start it once more, as after a power cut"
             )
-        if self._runs:
-            self._there.run()
+        self._there.run()
 
     def _give_back(self, error: QmpError) -> None:
         """The destination has said that it did not run: let it end, and have the machine back."""
@@ -252,7 +318,8 @@ class OwnedMove:
     def _goes_on_here(self) -> None:
         """It is the source's: what the destination has is out of date."""
         with suppress(TransportError, QmpError):
-            if (there := self._there.state()) is not None and there[1] == "completed":
+            there = self._there.state()
+            if there == ("paused", "completed") and self._there.takes_part():
                 self._there.tell("quit")
         here = self._ended_here()
         if here is None:
@@ -260,8 +327,10 @@ class OwnedMove:
                 f"{self._store.uri}: the machine is the source's, which does not answer: start it"
                 " there once more"
             )
-        if here == _FINISHED and self._runs:
+        if here[0] == _FINISHED:
             self._here.run()
+        else:
+            self._here.unmark()
 
     def _fence(self, side: Side) -> str:
         generation = self._read().generation
@@ -336,23 +405,40 @@ def _machine(qmp: Qmp) -> str:
     return str(qmp.execute("query-name").get("name", "")) or "vm"
 
 
-def _name(qmp: Qmp, what: str) -> str:
-    """The name of a QEMU: with its process where that is known, so that it can be seen to be dead.
-
-    The other end of a monitor may be a tunnel, which is no QEMU.
-    """
+def _tag(qmp: Qmp, what: str) -> str:
+    """What tells a QEMU from all others."""
     try:
-        listed = qmp.execute("qom-list", {"path": "/objects"})
-        tags = [str(entry["name"]) for entry in listed if str(entry["name"]).startswith(_TAG)]
-        tag = tags[0].removeprefix(_TAG) if tags else secrets.token_hex(4)
+        tags = _objects(qmp, _TAG)
         if not tags:
-            made = {"qom-type": "secret", "id": f"{_TAG}{tag}", "data": "-"}
-            qmp.execute("object-add", made)
+            tags = [f"{_TAG}{secrets.token_hex(4)}"]
+            _make(qmp, tags[0])
     except QmpError as error:
         raise UsageError(
             f"the {what} is no QEMU whose record could be kept from here ({error.description}); a"
             " machine of vmferry keeps its own"
         ) from error
+    return tags[0].removeprefix(_TAG)
+
+
+def _objects(qmp: Qmp, prefix: str) -> list[str]:
+    listed = qmp.execute("qom-list", {"path": "/objects"})
+    return [str(entry["name"]) for entry in listed if str(entry["name"]).startswith(prefix)]
+
+
+def _make(qmp: Qmp, name: str) -> None:
+    """An object of QEMU's that does nothing, and goes with its process."""
+    qmp.execute("object-add", {"qom-type": "secret", "id": name, "data": "-"})
+
+
+def _plain(move: str) -> str:
+    return "".join(letter for letter in move if letter.isalnum())
+
+
+def _name(qmp: Qmp, tag: str) -> str:
+    """The name of a QEMU: with its process where that is known, so that it can be seen to be dead.
+
+    The other end of a monitor may be a tunnel, which is no QEMU.
+    """
     process = _process(qmp)
     return f"qemu-{tag}" if process is None else name_of(process, tag)
 
@@ -366,4 +452,4 @@ def _process(qmp: Qmp) -> Identity | None:
         program = Path(f"/proc/{pid}/exe").readlink()
     except OSError:
         return None
-    return process if program.name.startswith("qemu") else None
+    return process if program.name.startswith("qemu-system") else None
