@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -113,7 +113,7 @@ class Resetting(Between):
         # A descriptor is closed when no call uses it any more.
         victim.shutdown(socket.SHUT_RD)
         victim.close()
-        with suppress(OSError):  # whoever forwards may have ended it already
+        with contextlib.suppress(OSError):  # whoever forwards may have ended it already
             other.shutdown(socket.SHUT_RDWR)
 
     def _pump(self, number: int, source: socket.socket, sink: socket.socket) -> None:
