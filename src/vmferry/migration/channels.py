@@ -72,6 +72,12 @@ class PageChannel:
 
     def run(self) -> None:
         """Receive until the peer closes the channel, or the migration was broken off."""
+        try:
+            self._run()
+        finally:
+            self._scratch = None  # now, and not when nobody knows of this any more
+
+    def _run(self) -> None:
         buffer = self._reader.buffer
         self._received(len(buffer))
         while True:
