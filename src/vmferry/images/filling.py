@@ -1,7 +1,8 @@
-"""Filling an image with what stands elsewhere: what is zero takes no storage."""
+"""Filling an image with what stands elsewhere: what is nothing there takes no storage here."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Final
 
@@ -16,6 +17,16 @@ _PIECE: Final = 1 << 16
 """Zeroes in pieces of this many bytes take no storage: a cluster of qcow2, as QEMU makes them."""
 
 _PIECES: Final = np.arange(CHUNK // _PIECE, dtype=np.uint64)
+
+
+def has_data(image: Image, *, own: bool) -> Iterator[bool]:
+    """For each chunk, whether any of it is allocated; nothing is looked up ahead."""
+    extents = image.allocated(own=own)
+    extent = next(extents, None)
+    for start in range(0, image.size, CHUNK):
+        while extent is not None and extent.end <= start:
+            extent = next(extents, None)
+        yield extent is not None and extent.offset < start + CHUNK
 
 
 def fill(image: Image, offset: int, data: memoryview, length: int) -> None:

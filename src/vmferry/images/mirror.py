@@ -17,7 +17,7 @@ from typing import Final
 from vmferry.errors import StorageError, VmferryError
 
 from .changes import CHUNK, ChangeLog
-from .filling import clear, fill
+from .filling import clear, fill, has_data
 from .image import Image
 
 _LOOK: Final = 0.02
@@ -113,15 +113,11 @@ class Mirror:
         self._reach(MirrorStatus.CONCLUDED)
 
     def _copy_all(self) -> None:
-        size = self._source.size
-        extents = self._source.allocated(own=self._own)
-        extent = next(extents, None)
-        for start in range(0, size, CHUNK):
+        for number, is_data in enumerate(has_data(self._source, own=self._own)):
             self._check_wanted()
-            while extent is not None and extent.end <= start:
-                extent = next(extents, None)
-            length = min(CHUNK, size - start)
-            if extent is not None and extent.offset < start + CHUNK:
+            start = number * CHUNK
+            length = min(CHUNK, self._source.size - start)
+            if is_data:
                 self._copy(start, length)
             elif not self._own:
                 clear(self._target, start, length)

@@ -16,6 +16,7 @@ import numpy as np
 
 from vmferry.images import Image
 from vmferry.images.changes import CHUNK, ChangeLog
+from vmferry.images.filling import has_data
 from vmferry.pages import zero_pages
 from vmferry.wire.disk import DiskChunk, DiskProgress
 from vmferry.wire.layout import DISK_CHUNK_SIZE, SECTOR
@@ -60,15 +61,6 @@ class _Disk:
     def length(self, number: int) -> int:
         """Bytes of a chunk that are on the disk."""
         return min(CHUNK, self.image.size - number * CHUNK)
-
-    def has_data(self, *, own: bool) -> Iterator[bool]:
-        """For each chunk, whether any of it is allocated; nothing is looked up ahead."""
-        extents = self.image.allocated(own=own)
-        extent = next(extents, None)
-        for start in range(0, self.image.size, CHUNK):
-            while extent is not None and extent.end <= start:
-                extent = next(extents, None)
-            yield extent is not None and extent.offset < start + CHUNK
 
 
 class LiveDisks:
@@ -126,10 +118,10 @@ class LiveDisks:
             # Where the other side's image is too small, this is what shows it at once.
             last = disk.chunks - 1
             yield self._counted(disk, last, has_data=True)
-            for number, has_data in enumerate(disk.has_data(own=self._incremental)):
+            for number, is_data in enumerate(has_data(disk.image, own=self._incremental)):
                 if number < last:
-                    if has_data or not self._incremental:
-                        yield self._counted(disk, number, has_data=has_data)
+                    if is_data or not self._incremental:
+                        yield self._counted(disk, number, has_data=is_data)
                     else:
                         self._left -= CHUNK
                     if percent != (percent := 100 - 100 * self._left // self.total):

@@ -178,8 +178,7 @@ class OwnedMove:
 
     def offer(self) -> None:
         """The source has stopped the machine: name who is to have it."""
-        if self._do(Act.OFFER, self._here) is not Verdict.DONE:
-            raise PeerError(f"{self._store.uri}: the machine could not be offered: it was changed")
+        self._demand(Act.OFFER, self._here)
 
     def settle(self) -> bool:
         """Give the machine to who is to have it, and let it run there; whether that is there.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import socket
-import struct
 import threading
 import time
 from collections import deque
@@ -24,11 +23,11 @@ from typing import Any, Final, Self
 
 from vmferry.errors import PeerError, TransportError, UsageError, printable
 from vmferry.qemu.messages import Object, Splitter, read_message, write_message
+from vmferry.transports.sockets import peer_pid
 
 MAX_MESSAGE: Final = 16 << 20  # the largest answer of QEMU 7.2, query-qmp-schema, has 200 kB
 MAX_EVENTS: Final = 10_000  # events kept for wait_event(); the oldest go first
 _GREETING: Final = "the greeting"
-_CREDENTIALS: Final = struct.Struct("iII")
 
 
 class QmpError(PeerError):
@@ -82,13 +81,8 @@ class Qmp:
 
     @property
     def peer_pid(self) -> int | None:
-        """The process that made the other end of a unix socket, if that is known (``unix(7)``)."""
-        if self._socket.family != socket.AF_UNIX:
-            return None
-        option = socket.SO_PEERCRED
-        raw = self._socket.getsockopt(socket.SOL_SOCKET, option, _CREDENTIALS.size)
-        pid: int = _CREDENTIALS.unpack(raw)[0]
-        return pid or None
+        """The process that made the other end, if that is known."""
+        return peer_pid(self._socket)
 
     def execute(
         self,

@@ -77,7 +77,7 @@ class SocketChannel(SharedResource, Channel):
         sock.setblocking(True)
         with contextlib.suppress(OSError):  # gone already: the first call tells
             _tune(sock)
-            self.peer_pid = _peer_pid(sock)
+            self.peer_pid = peer_pid(sock)
 
     def recv_into(self, buffer: memoryview, timeout: float | None = None) -> int:
         """See :meth:`Channel.recv_into`."""
@@ -233,7 +233,7 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
 
 
-def _peer_pid(sock: socket.socket) -> int | None:
+def peer_pid(sock: socket.socket) -> int | None:
     """Who is at the other end of a UNIX socket (``unix(7)``, ``SO_PEERCRED``)."""
     if sock.family != socket.AF_UNIX:
         return None
