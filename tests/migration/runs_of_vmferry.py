@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.processes import is_frozen
 from tests.transports.support import wait_until
 from vmferry import TransportError
 from vmferry.machines import DiskConfig, GuestConfig, MachineConfig
@@ -114,8 +115,7 @@ class Process:
         self._process.send_signal(signal.SIGCONT)
 
     def wait_frozen(self) -> None:
-        state = Path(f"/proc/{self._process.pid}/stat")
-        wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", LONG)
+        wait_until(lambda: is_frozen(self._process.pid), LONG)
 
     @property
     def has_disk(self) -> bool:

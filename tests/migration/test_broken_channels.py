@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
 import pytest
 
+from tests.migration.between import Between
 from tests.migration.python_machine import PythonMachine
 from tests.transports.support import wait_until
 from vmferry.migration.control import Control
@@ -29,13 +28,11 @@ RESET = struct.pack("ii", 1, 0)
 """``SO_LINGER``: a close resets the connection."""
 
 
-class Between:
+class Channels(Between):
     """Takes the connections of a source; a subclass says what becomes of what comes on each."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        stack.callback(self._close)
+        super().__init__(stack)
         listener = self._kept(socket.socket())
         # So little that a channel of which nobody reads is soon full.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
@@ -48,34 +45,12 @@ class Between:
         """The connection of this number, 0 for the main channel, is there."""
         raise NotImplementedError
 
-    def _kept(self, sock: socket.socket) -> socket.socket:
-        self._sockets.append(sock)
-        return sock
-
-    def _spawn(self, work: Callable[[], None]) -> None:
-        def run() -> None:
-            with contextlib.suppress(OSError):
-                work()
-
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        self._threads.append(thread)
-
     def _accept(self, listener: socket.socket) -> None:
         for number in range(CHANNELS + 1):
             self.connected(number, self._kept(listener.accept()[0]))
 
-    def _close(self) -> None:
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for sock in self._sockets:
-            sock.close()
 
-
-class Stalling(Between):
+class Stalling(Channels):
     """A destination that says nothing, and reads every channel but the last one."""
 
     def connected(self, number: int, sock: socket.socket) -> None:
@@ -87,7 +62,7 @@ class Stalling(Between):
             pass
 
 
-class Resetting(Between):
+class Resetting(Channels):
     """Forwards to *target*, and resets the second multifd channel at one of its ends.
 
     As soon as *after* bytes have come on it, or when :meth:`reset` is called.
@@ -130,14 +105,6 @@ class Resetting(Between):
                     sock.shutdown(socket.SHUT_RDWR)
             return None
         return self.reset()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    before = set(threading.enumerate())
-    with ExitStack() as made:
-        yield made
-    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 def side(stack: ExitStack, machine: PythonMachine) -> Control:

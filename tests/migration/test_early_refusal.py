@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from uuid import UUID
 
 import pytest
 
+from tests.migration.between import Between
 from tests.migration.python_machine import PythonMachine
 from tests.transports.support import wait_until
 from vmferry.migration.control import Control
@@ -25,7 +24,7 @@ LARGE = 20_000
 """Pages of the machine, of which 1 MiB a second is sent."""
 
 
-class Proxy:
+class Proxy(Between):
     """Forwards connections as proxies do: each direction, and its end, for itself.
 
     *stubborn* is what one does with what comes for a side that no longer reads: with ``drain`` it
@@ -33,32 +32,12 @@ class Proxy:
     """
 
     def __init__(self, stack: ExitStack, target: tuple[str, int], stubborn: str) -> None:
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        stack.callback(self._close)
+        super().__init__(stack)
         self._target = target
         self._stubborn = stubborn
         self._listener = self._kept(socket.create_server(("127.0.0.1", 0)))
         self.address = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
         self._spawn(self._accept)
-
-    def _kept(self, sock: socket.socket) -> socket.socket:
-        self._sockets.append(sock)
-        return sock
-
-    def _spawn(self, work: Callable[[], None]) -> None:
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        self._threads.append(thread)
-
-    def _close(self) -> None:
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        for thread in self._threads:
-            thread.join()
-        for sock in self._sockets:
-            sock.close()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -80,14 +59,6 @@ class Proxy:
                 elif self._stubborn == "stop":
                     return
             sink.shutdown(socket.SHUT_WR)
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    before = set(threading.enumerate())
-    with ExitStack() as made:
-        yield made
-    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 def side(stack: ExitStack, machine: PythonMachine) -> Control:

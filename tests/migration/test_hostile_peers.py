@@ -9,7 +9,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -127,14 +127,6 @@ def byte_by_byte(message: bytes) -> Script:
 
 
 HANG_UP = once(b"")
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    before = set(threading.enumerate())
-    with ExitStack() as made:
-        yield made
-    wait_until(lambda: set(threading.enumerate()) <= before)
 
 
 def begin(stack: ExitStack, liar: Liar, *, slow: bool = False) -> Control:

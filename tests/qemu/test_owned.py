@@ -15,6 +15,7 @@ from guests import Serial, walker
 from tests.cli.command import Running, vmferry
 from tests.interop.lab import wait_until
 from tests.migration.relay import Relay
+from tests.support.processes import is_frozen
 from vmferry.errors import ImageLocked, TransportError
 from vmferry.images import open_image
 from vmferry.ownership.store import open_store
@@ -192,7 +193,7 @@ def test_destination_that_may_have_run_takes_it_along(pair: Pair) -> None:
 def test_owner_that_is_fenced_meanwhile_is_not_run(pair: Pair) -> None:
     """By an operator, while the one who leads does not look."""
     with Running(*pair.command(), VMFERRY_FAULT="start-asked:stop") as command:
-        wait_until(lambda: _is_stopped(command._process.pid))
+        wait_until(lambda: is_frozen(command._process.pid))
         record = pair.store.read().record
         assert record is not None
         fence = ["--engine", record.owner, "--generation", str(record.generation)]
@@ -299,17 +300,13 @@ def test_record_of_another_machine_is_refused(pair: Pair) -> None:
 def test_leader_that_is_frozen_leaves_no_room_for_another(pair: Pair, point: str) -> None:
     """What it knows of the record may be out of date when it wakes, and a QEMU checks nothing."""
     with Running(*pair.command(), VMFERRY_FAULT=f"{point}:stop") as command:
-        wait_until(lambda: _is_stopped(command._process.pid))
+        wait_until(lambda: is_frozen(command._process.pid))
         assert pair.migrate("--settle") == 2
         assert "another process leads" in pair.said
         assert pair.run_states().count("running") == 0
         command.send_signal(signal.SIGCONT)
         assert command.finish() == 0
     pair.runs_there()
-
-
-def _is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_lease_is_refused(pair: Pair) -> None:

@@ -1,9 +1,14 @@
-"""What processes there are."""
+"""What processes there are, and what they do."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+
+
+def is_frozen(pid: int) -> bool:
+    """Whether a process was stopped by a signal."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def pagers(parent: int) -> list[int]:
